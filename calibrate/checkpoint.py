@@ -1,0 +1,55 @@
+"""Read a checkpoint file into tensors without ever executing what it holds.
+
+safetensors, or torch's format through `weights_only=True`. Nothing else: a file that wants to import a class is
+refused, not trusted.
+"""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..runtime.errors import AccuQuantError
+
+
+def read_checkpoint(path: Path) -> Any:
+    """The object a checkpoint holds - a state dict, or the dict or list around one - with tensors on the CPU.
+
+    Raises:
+        AccuQuantError: missing, truncated, not a checkpoint, or one that needs code to be executed.
+    """
+    if not path.exists():
+        raise AccuQuantError(f"{path} does not exist")
+    if path.is_dir():
+        raise AccuQuantError(f"{path} is a folder; a checkpoint file (.ckpt, .pt, .pth, .safetensors) is expected")
+    size = path.stat().st_size
+    if size == 0:
+        raise AccuQuantError(f"{path} is empty; download or copy it again")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise AccuQuantError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
+    with path.open("rb") as opened:
+        magic = opened.read(4)
+    if magic == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+        raise AccuQuantError(f"{path} is cut off: a torch archive of {size:,} bytes without its end; copy it again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "GLOBAL" in str(error):
+            raise AccuQuantError(
+                f"{path} asks for code to be run while loading, which this tool never does; "
+                "save its state dict alone, as .safetensors or with torch.save, and use that"
+            ) from error
+        raise AccuQuantError(f"{path} is not a torch checkpoint ({_first_line(error)})") from error
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError) as error:
+        raise AccuQuantError(f"{path} is damaged or not a torch checkpoint ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

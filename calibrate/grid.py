@@ -1,0 +1,100 @@
+"""Integer grids, and quantization onto them as pure functions.
+
+With scale s > 0 and zero point z, on the codes q_min..q_max:
+
+    q(x)  = clamp(round(x / s) + z, q_min, q_max)          round half to even, as ONNX QuantizeLinear does
+    Q(x)  = s (q(x) - z)
+
+`fake_quantize` carries the gradients of LSQ and LSQ+ (Esser et al. 2020; Bhalgat et al. 2020). Straight through the
+rounding, exact elsewhere; with v = x / s and `in` meaning that v + z did not leave the grid:
+
+    dQ/dx = [in]          dQ/ds = q - z - v [in]          dQ/dz = -s [not in]
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The codes of an integer type, possibly of fewer bits than its container (6-bit values in an int8, say)."""
+
+    bits: int
+    signed: bool
+    symmetric: bool
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"{self.bits}-bit grid: 2 to 8 bits have integer hardware paths")
+
+    @property
+    def q_min(self) -> int:
+        return -(1 << (self.bits - 1)) if self.signed else 0
+
+    @property
+    def q_max(self) -> int:
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The container that codes are stored and computed in."""
+        return torch.int8 if self.signed else torch.uint8
+
+    def affine(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and integer zero point (as float) that cover [low, high] and represent 0 exactly; elementwise."""
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        if self.symmetric:
+            scale = torch.maximum(-low / -self.q_min, high / self.q_max) if self.signed else high / self.q_max
+            zero_point = torch.zeros_like(scale)
+            return scale.clamp(min=TINY), zero_point
+        scale = ((high - low) / (self.q_max - self.q_min)).clamp(min=TINY)
+        return scale, (self.q_min - low / scale).round().clamp(self.q_min, self.q_max)
+
+
+TINY = 1e-8  # a dead channel or an always-zero input still needs a positive scale
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Codes q(x) in the grid's container type; scale and zero_point broadcast against x."""
+    return (torch.round(x / scale) + zero_point).clamp(grid.q_min, grid.q_max).to(grid.dtype)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return (codes.to(scale.dtype) - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Q(x) with the gradients above for x, scale and zero_point. A fractional zero point is rounded first."""
+    return _FakeQuantize.apply(x, scale, zero_point, grid.q_min, grid.q_max)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, q_min, q_max):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+        zero = torch.round(zero_point)
+        ctx.save_for_backward(x, scale, zero)
+        ctx.range = (q_min, q_max)
+        return torch.round(x / scale).add_(zero).clamp_(q_min, q_max).sub_(zero).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+        x, scale, zero = ctx.saved_tensors
+        q_min, q_max = ctx.range
+        v = x / scale
+        rounded = torch.round(v).add_(zero)
+        clamped = rounded.clamp(q_min, q_max)
+        inside = rounded == clamped
+        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        grad_scale = grad_zero = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = _reduce(clamped.sub_(zero).sub_(v.mul_(inside)).mul_(grad), scale)
+        if ctx.needs_input_grad[2]:
+            grad_zero = _reduce((grad * ~inside).mul_(-scale), zero)
+        return grad_x, grad_scale, grad_zero, None, None
+
+
+def _reduce(full: Tensor, like: Tensor) -> Tensor:
+    """Sum `full` over the axes along which `like` was broadcast."""
+    return full.sum_to_size(like.shape)

@@ -1,0 +1,216 @@
+"""Learn scales, zero points and rounding by the multi-step objective.
+
+Every iteration takes one group (each once per round, in shuffled order), a batch of teacher trajectories, the gradient
+of the group's end loss, and one Adam step on three kinds of variables with rates of their own, cosine-decayed to zero.
+The state that samples held-out seeds best, to the end of the whole chain, is the one that is kept - be it the first.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.plan import SamplingPlan
+from .initialise import initialise
+from .journal import Journal, Snapshot, pack_optimizer, unpack_optimizer
+from .layers import QuantizedOperator, quantization
+from .multistep import Group, GroupBatch, accumulate_gradient, cut, history_needed, select
+from .rounding import WeightQuantizer, annealed_beta
+from .spec import CalibrationSpec
+from .trajectory import Trajectory, simulate, step_noise
+
+NORM_MEMORY = 0.9  # of the running mean that gradient clipping compares with
+
+
+@dataclass
+class Outcome:
+    """Held-out error, mean ||x~_S - x_S||^2 per pixel, by iteration; `kept` is the iteration of the best."""
+
+    held_out: dict[int, float] = field(default_factory=dict)
+    kept: int = 0
+
+    @property
+    def initial(self) -> float:
+        return self.held_out[0]
+
+    @property
+    def best(self) -> float:
+        return self.held_out[self.kept]
+
+
+Report = Callable[[str, int, int, float | None], None]  # stage, done, total, the latest loss if there is one
+
+
+def calibrate(
+    network: nn.Module,
+    operators: dict[str, QuantizedOperator],
+    plan: SamplingPlan,
+    teacher: Trajectory,
+    judge: Trajectory,
+    spec: CalibrationSpec,
+    journal: Journal,
+    *,
+    resume: bool = False,
+    report: Report | None = None,
+) -> Outcome:
+    """Initialise from `teacher`, learn, and leave the best state (judged on `judge`) in the operators, active."""
+
+    def tell(stage: str, done: int, total: int, loss: float | None = None) -> None:
+        if report is not None:
+            report(stage, done, total, loss)
+
+    initialise(network, operators, plan, teacher, spec.initialisation, lambda d, t: tell("ranges", d, t))
+    learner = _Learner(network, operators, plan, teacher, spec)
+    outcome = Outcome()
+    start, norm = 0, 0.0
+    best = learner.state()
+
+    snapshot = journal.read() if resume else None
+    if snapshot is not None:
+        start, norm = snapshot.iteration, snapshot.record["norm"]
+        outcome = Outcome({int(k): v for k, v in snapshot.record["held_out"].items()}, snapshot.record["kept"])
+        learner.restore({k.removeprefix("now/"): v for k, v in snapshot.tensors.items() if k.startswith("now/")})
+        best = {k.removeprefix("best/"): v for k, v in snapshot.tensors.items() if k.startswith("best/")}
+        unpack_optimizer(learner.optimizer, snapshot.tensors)
+
+    def judge_now(iteration: int) -> None:
+        nonlocal best
+        outcome.held_out[iteration] = held_out_error(network, operators, plan, judge)
+        if outcome.held_out[iteration] <= outcome.best or iteration == 0:
+            outcome.kept, best = iteration, learner.state()
+
+    def record(iteration: int) -> None:
+        tensors = {f"now/{k}": v for k, v in learner.state().items()} | {f"best/{k}": v for k, v in best.items()}
+        written = {"held_out": outcome.held_out, "kept": outcome.kept, "norm": norm}
+        journal.write(Snapshot(iteration, tensors | pack_optimizer(learner.optimizer), written))
+
+    if 0 not in outcome.held_out:
+        judge_now(0)
+    every = max(1, math.ceil(spec.iterations / spec.checks))
+    save_every = max(1, min(every, 20))
+    for iteration in range(start, spec.iterations):
+        loss, norm = learner.step(iteration, norm)
+        done = iteration + 1
+        if done % every == 0 or done == spec.iterations:
+            judge_now(done)
+        if done % save_every == 0 or done == spec.iterations:
+            record(done)
+        tell("multi-step", done, spec.iterations, loss)
+    learner.restore(best)
+    for operator in operators.values():
+        operator.active = True
+    return outcome
+
+
+def held_out_error(
+    network: nn.Module, operators: dict[str, QuantizedOperator], plan: SamplingPlan, judge: Trajectory
+) -> float:
+    """Mean squared difference of the final latents, quantized against teacher, from the judge's seeds."""
+    with quantization(operators, active=True):
+        run = simulate(network, plan, judge.seeds, judge.states.shape[2:])
+    return float((run.states[-1] - judge.states[-1]).square().mean())
+
+
+class _Learner:
+    """The trainable variables, their optimizer, and what an iteration is as a function of its number."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        operators: dict[str, QuantizedOperator],
+        plan: SamplingPlan,
+        teacher: Trajectory,
+        spec: CalibrationSpec,
+    ) -> None:
+        self.network, self.operators, self.plan, self.teacher, self.spec = network, operators, plan, teacher, spec
+        self.groups = cut(plan, spec.group)
+        self.device = next(network.parameters()).device
+        self.weights = [op.weight_quantizer for op in operators.values() if op.weight_quantizer is not None]
+        for weight in self.weights:
+            weight.learn(spec.rounding)
+        quantizers: list[Any] = [q for op in operators.values() for q in op.inputs]
+        # (name in snapshots, variable, rate)
+        kinds = {
+            "scale": ([q.log_scale for q in quantizers], spec.scale_rate),
+            "zero_point": ([q.zero_point for q in quantizers if q.zero_point.requires_grad], spec.zero_point_rate),
+            "choice": ([w.choice for w in self.weights if w.choice is not None], spec.rounding_rate),
+        }
+        self.variables = {f"{k}/{i}": v for k, (many, _) in kinds.items() for i, v in enumerate(many)}
+        self.rates = [rate for many, rate in kinds.values() if many]
+        self.optimizer = torch.optim.Adam(
+            [{"params": many, "lr": rate} for many, rate in kinds.values() if many], betas=(0.9, 0.99)
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: v.detach().clone() for name, v in self.variables.items()}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for name, v in self.variables.items():
+            v.copy_(state[name])
+
+    def step(self, iteration: int, norm: float) -> tuple[float, float]:
+        """One iteration; returns the group's loss and the updated running gradient norm."""
+        spec = self.spec
+        progress = iteration / spec.iterations
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
+        self.optimizer.zero_grad(set_to_none=True)
+        chosen = self._group(iteration)
+        with quantization(self.operators, active=True), _soft(self.weights):
+            loss = accumulate_gradient(self.network, self.plan, chosen, self._batch(iteration, chosen), spec.gradient)
+        if spec.rounding == "adaround" and math.isfinite(beta := annealed_beta(progress)):
+            for weight in self.weights:
+                (weight.regulariser(beta) * (spec.rounding_weight * float(loss) / 1e3)).backward()
+        with torch.no_grad():
+            now = float(torch.stack([v.grad.norm() for v in self.variables.values() if v.grad is not None]).norm())
+            if math.isfinite(now):
+                limit = spec.clip_norm * norm if norm else now
+                if now > 10 * limit > 0:  # a rare outlier; Adam absorbs the rest
+                    for v in self.variables.values():
+                        if v.grad is not None:
+                            v.grad.mul_(10 * limit / now)
+                norm = NORM_MEMORY * norm + (1 - NORM_MEMORY) * min(now, 10 * limit) if norm else now
+                self.optimizer.step()
+        for weight in self.weights:
+            weight.project()
+        return float(loss), norm
+
+    def _group(self, iteration: int) -> Group:
+        """Each group once per round, rounds shuffled."""
+        cycle, place = divmod(iteration, len(self.groups))
+        generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + cycle)
+        return self.groups[int(torch.randperm(len(self.groups), generator=generator)[place])]
+
+    def _batch(self, iteration: int, group: Group) -> GroupBatch:
+        n = len(self.teacher.seeds)
+        generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + 500_009 + iteration)
+        rows = torch.randperm(n, generator=generator)[: min(n, self.spec.batch)].tolist()
+        seeds = [self.teacher.seeds[r] for r in rows]
+        shape = self.teacher.states.shape[2:]
+        return GroupBatch(
+            start=select(self.teacher.states[group.start], rows).to(self.device),
+            end=select(self.teacher.states[group.stop], rows).to(self.device),
+            history={
+                j: select(self.teacher.outputs[j], rows).to(self.device) for j in history_needed(self.plan, group)
+            },
+            noise=lambda j: step_noise(seeds, j, shape, self.device),
+        )
+
+
+class _soft:  # noqa: N801 - reads as the context it is
+    """AdaRound's soft weights within the block, hard ones outside."""
+
+    def __init__(self, weights: list[WeightQuantizer]) -> None:
+        self.weights = weights
+
+    def __enter__(self) -> None:
+        for weight in self.weights:
+            weight.soft = True
+
+    def __exit__(self, *_: object) -> None:
+        for weight in self.weights:
+            weight.soft = False

@@ -1,0 +1,119 @@
+"""The recipe: what calibration learned, frozen, ready to be lowered.
+
+Two files. `recipe.safetensors` holds per weighted operator its integer weight (int8 container) and per-channel scale;
+`recipe.json` the scales and zero points of activations, the scheme, and how they came to be. Weights are stored as the
+integers that will run, so no later stage rounds again.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..runtime.errors import AccuQuantError
+from ..runtime.files import atomic, write_text
+from .layers import QuantizedOperator
+from .scheme import OperatorKind, QuantScheme, Role
+
+
+class ActivationRecipe(BaseModel):
+    """One activation input: x is stored as clamp(round(x / scale) + zero_point, q_min, q_max)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    bits: int
+    signed: bool
+    scale: float = Field(gt=0)
+    zero_point: int
+
+
+class OperatorRecipe(BaseModel):
+    """One operator: its inputs and, if it has a weight, that weight's bits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: OperatorKind
+    role: Role
+    weight_bits: int | None
+    inputs: tuple[ActivationRecipe, ...]
+
+
+class RecipeFacts(BaseModel):
+    """The JSON half. Only a recipe whose `state` is frozen can be exported."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    state: Literal["frozen"] = "frozen"
+    scheme: QuantScheme
+    operators: dict[str, OperatorRecipe]
+    provenance: dict[str, Any]
+
+
+class Recipe:
+    """Facts and tensors together; `codes[name]` int8 (C, ...), `scales[name]` float32 (C,)."""
+
+    def __init__(self, facts: RecipeFacts, codes: dict[str, Tensor], scales: dict[str, Tensor]) -> None:
+        self.facts, self.codes, self.scales = facts, codes, scales
+        for name, scale in scales.items():
+            if not (torch.isfinite(scale) & (scale > 0)).all():
+                raise AccuQuantError(f"layer {name}: a weight scale is zero, negative or not finite; calibrate again")
+
+    def save(self, folder: Path) -> None:
+        tensors = {f"{name}.codes": codes for name, codes in self.codes.items()}
+        tensors |= {f"{name}.scale": scale for name, scale in self.scales.items()}
+        with atomic(folder / "recipe.safetensors") as part:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, part)
+        write_text(folder / "recipe.json", self.facts.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Recipe":
+        try:
+            facts = RecipeFacts.model_validate_json((folder / "recipe.json").read_text())
+            tensors = load_file(folder / "recipe.safetensors")
+        except (OSError, ValidationError) as error:
+            raise AccuQuantError(f"{folder} holds no usable recipe: {error}") from error
+        codes = {k.removesuffix(".codes"): v for k, v in tensors.items() if k.endswith(".codes")}
+        scales = {k.removesuffix(".scale"): v for k, v in tensors.items() if k.endswith(".scale")}
+        return cls(facts, codes, scales)
+
+
+@torch.no_grad()
+def freeze(
+    operators: dict[str, QuantizedOperator], scheme: QuantScheme, provenance: dict[str, Any]
+) -> Recipe:
+    """Read the learned state off the operators.
+
+    Raises:
+        AccuQuantError: a scale that is not finite and positive; names the layer.
+    """
+    facts: dict[str, OperatorRecipe] = {}
+    codes: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for name, operator in operators.items():
+        inputs = []
+        for quantizer in operator.inputs:
+            grid = quantizer.grid
+            zero = float(quantizer.zero_point.clamp(grid.q_min, grid.q_max).round())
+            try:
+                inputs.append(
+                    ActivationRecipe(
+                        bits=grid.bits, signed=grid.signed, scale=float(quantizer.scale), zero_point=int(zero)
+                    )
+                )
+            except (ValidationError, ValueError, OverflowError) as error:
+                raise AccuQuantError(f"layer {name}: activation scale {float(quantizer.scale)}; calibrate again") from error
+        weight = operator.weight_quantizer
+        if weight is not None:
+            codes[name] = weight.codes().cpu()
+            scales[name] = weight.scale.flatten().float().cpu()
+        facts[name] = OperatorRecipe(
+            kind=operator.kind,
+            role=operator.role,
+            weight_bits=None if weight is None else weight.grid.bits,
+            inputs=tuple(inputs),
+        )
+    return Recipe(RecipeFacts(scheme=scheme, operators=facts, provenance=provenance), codes, scales)

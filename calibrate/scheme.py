@@ -1,0 +1,87 @@
+"""What is quantized to how many bits, on which grid: data, not code.
+
+The bits come from the user (`--bits 4/8`), the grid from the target's hardware, the exceptions from a layer policy over
+roles that the family assigns ("first", "last", "time", "body", "attention").
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..runtime.errors import AccuQuantError
+from .grid import Grid
+
+Role = Literal["first", "last", "time", "body", "attention"]
+OperatorKind = Literal["conv", "linear", "matmul"]
+TargetName = Literal["cpu", "tensorrt"]
+PolicyName = Literal["standard", "uniform"]
+
+SIGNED_8 = Grid(8, signed=True, symmetric=True)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The grids a target's integer kernels take; weights are always signed, symmetric, one scale per output channel."""
+
+    activation_signed: bool
+    activation_symmetric: bool
+    describes: str
+
+
+# CPU kernels (VNNI) take unsigned, shifted activations at no cost, which is worth 3-4 dB after SiLU; between two
+# activations (attention) they want signed ones. TensorRT takes symmetric int8 and nothing else.
+TARGETS: Mapping[TargetName, Target] = {
+    "cpu": Target(False, False, "OpenVINO or ONNX Runtime on CPU: uint8 activations with zero point"),
+    "tensorrt": Target(True, True, "TensorRT and TensorRT-RTX: symmetric int8 activations"),
+}
+
+# Roles kept at 8 bits whatever is asked. The ends of the network are a hundredth of its weights and most of its error.
+POLICIES: Mapping[PolicyName, frozenset[Role]] = {
+    "standard": frozenset({"first", "last", "time"}),
+    "uniform": frozenset(),
+}
+
+
+class QuantScheme(BaseModel):
+    """Bits, target and policy of one quantization; resolves to a grid for every operator and input."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight_bits: int = Field(ge=2, le=8)
+    activation_bits: int = Field(ge=2, le=8)
+    target: TargetName = "cpu"
+    policy: PolicyName = "standard"
+
+    @property
+    def name(self) -> str:
+        return f"W{self.weight_bits}A{self.activation_bits}"
+
+    def weight_grid(self, role: Role) -> Grid:
+        kept = role in POLICIES[self.policy]
+        return Grid(8 if kept else self.weight_bits, signed=True, symmetric=True)
+
+    def activation_grid(self, role: Role, kind: OperatorKind) -> Grid:
+        bits = 8 if role in POLICIES[self.policy] else self.activation_bits
+        if kind == "matmul":
+            return Grid(bits, signed=True, symmetric=True)
+        target = TARGETS[self.target]
+        return Grid(bits, signed=target.activation_signed, symmetric=target.activation_symmetric)
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """Weight and activation bits of "4/8", "W4A8", "8" or "4" (one number is the weights'; activations take 8).
+
+    Raises:
+        AccuQuantError: not of that form, or out of range.
+    """
+    cleaned = text.strip().lower().replace("w", "").replace("a", "/")
+    parts = cleaned.split("/")
+    if len(parts) > 2 or not all(p.isdigit() for p in parts):
+        raise AccuQuantError(f"--bits {text!r} is not understood; write weights/activations, such as 4/8 or 8/8, or 4")
+    weight, activation = int(parts[0]), int(parts[1]) if len(parts) == 2 else 8
+    for what, bits in (("weight", weight), ("activation", activation)):
+        if not 2 <= bits <= 8:
+            raise AccuQuantError(f"--bits {text!r}: {bits}-bit {what}s; integer kernels take 2 to 8 bits")
+    return weight, activation

@@ -1,0 +1,94 @@
+"""Teacher trajectories: what the full-precision network does, step by step, from given seeds.
+
+    o_i = f(s_i x_i, t_i),   x_{i+1} = a_i x_i + sum_j b_ij o_j + sum_j c_ij z_j
+
+Kept are the latents x_0..x_S, from which every group starts and at which it must end, and the outputs o_i, which
+multistep samplers carry across a group's boundary. Both are small beside one network's activations.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..runtime import noise
+from ..runtime.files import atomic
+from ..runtime.plan import SamplingPlan
+
+Progress = Callable[[int, int], None]  # done, total
+
+
+def step_noise(seeds: Sequence[int], index: int, shape: Sequence[int], device: torch.device | str) -> Tensor:
+    """The runtime's own noise as a torch tensor (len(seeds), *shape), float32."""
+    return torch.from_numpy(noise.batch(seeds, index, shape)).to(device)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Teacher runs of several seeds: states (S+1, N, C, H, W) and outputs (S, N, C', H, W), float32 on the CPU."""
+
+    seeds: tuple[int, ...]
+    states: Tensor
+    outputs: Tensor
+
+    def save(self, path: Path) -> None:
+        with atomic(path) as part:
+            tensors = {"states": self.states, "outputs": self.outputs, "seeds": torch.tensor(self.seeds)}
+            save_file(tensors, part)
+
+    @classmethod
+    def load(cls, path: Path) -> "Trajectory":
+        with safe_open(path, framework="pt") as stored:
+            seeds = tuple(int(s) for s in stored.get_tensor("seeds"))
+            return cls(seeds, stored.get_tensor("states"), stored.get_tensor("outputs"))
+
+
+@torch.no_grad()
+def simulate(
+    network: nn.Module,
+    plan: SamplingPlan,
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    *,
+    batch: int = 32,
+    progress: Progress | None = None,
+) -> Trajectory:
+    """Run `network` (whatever its quantizers are set to) over the whole plan, `batch` seeds at a time."""
+    device = next(network.parameters()).device
+    states: list[Tensor] = []
+    outputs: list[Tensor] = []
+    chunks = [list(seeds[i : i + batch]) for i in range(0, len(seeds), batch)]
+    for n, chunk in enumerate(chunks):
+        x = plan.init_sigma * step_noise(chunk, -1, shape, device)
+        xs, os = [x.cpu()], []
+        live: dict[int, Tensor] = {}
+        for i in range(len(plan)):
+            live[i] = call(network, plan, i, x)
+            x = plan.advance(i, x, live, lambda j, c=chunk: step_noise(c, j, shape, device))  # type: ignore[misc]
+            xs.append(x.cpu())
+            os.append(live[i].cpu())
+            live = {j: o for j, o in live.items() if plan.last_use[j] > i}
+            if progress is not None:
+                progress(n * len(plan) + i + 1, len(chunks) * len(plan))
+        states.append(torch.stack(xs))
+        outputs.append(torch.stack(os))
+    return Trajectory(tuple(seeds), torch.cat(states, dim=1), torch.cat(outputs, dim=1))
+
+
+def call(network: nn.Module, plan: SamplingPlan, i: int, x: Tensor) -> Tensor:
+    """The network's output at row i of the plan for latent x (B, C, H, W)."""
+    step = plan.steps[i]
+    t = torch.full((x.shape[0],), step.timestep, dtype=torch.float32, device=x.device)
+    return network(x if step.input_scale == 1.0 else x * step.input_scale, t)
+
+
+def psnr(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB of each picture, (N, C, H, W) in [-1, 1] after clipping: peak 2."""
+    a, b = (np.clip(x, -1, 1).reshape(len(x), -1).astype(np.float64) for x in (reference, other))
+    mse = np.square(a - b).mean(axis=1)
+    return 10 * np.log10(4.0 / np.maximum(mse, 1e-12))
