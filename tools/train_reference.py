@@ -106,9 +106,6 @@ def main(
     ema_decay: Annotated[float, typer.Option()] = 0.999,
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    compile_model: Annotated[
-        bool, typer.Option("--compile", help="torch.compile the training step.")
-    ] = False,
     bf16: Annotated[
         bool, typer.Option(help="bfloat16 autocast; slow on CPUs without AVX512-BF16 or AMX.")
     ] = True,
@@ -129,7 +126,7 @@ def main(
 
     weight = (alpha_bar / (1 - alpha_bar)).reciprocal().mul(5).clamp(max=1).float().to(device)
 
-    model = UNet(CONFIG).to(device, memory_format=torch.channels_last)
+    model = UNet(CONFIG).to(device)
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device == "cuda")
     steps, step, spent = math.ceil(images / batch), 0, 0.0
@@ -149,8 +146,6 @@ def main(
         error = (predicted.float() - eps).square().mean(dim=(1, 2, 3))
         return (weight[t] * error).mean()
 
-    compute: Any = torch.compile(loss_of) if compile_model else loss_of
-
     def save() -> None:
         prefixed = {f"module.{k}": v for k, v in model.state_dict().items()}
         save_atomically(
@@ -168,9 +163,16 @@ def main(
         x0 = pixels[pick].float() / 127.5 - 1
         t = torch.randint(TIMESTEPS, (batch,), generator=generator, device=device)
         eps = torch.randn(x0.shape, generator=generator, device=device)
-        loss = compute(x0, t, eps)
+        loss = loss_of(x0, t, eps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if step == first:
+            # A silent zero here once cost a whole training: a compiled backward that never reached the lower levels.
+            dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+            if dead:
+                raise SystemExit(
+                    f"no gradient reaches {', '.join(dead[:5])}: this torch cannot train the model"
+                )
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1

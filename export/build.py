@@ -1,0 +1,309 @@
+"""Checkpoint to bundle: the whole way, as one function per stage and one that runs them.
+
+    load -> trace the sampler -> teacher trajectories -> calibrate -> freeze -> lower -> verify -> compare -> report
+
+Everything is written into a folder beside the bundle and renamed at the end, so a bundle is complete or absent. Only
+the calibration journal outlives an interruption; `resume` goes on from it.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibrate.estimate import Estimate, estimate
+from ..calibrate.families import load_model
+from ..calibrate.journal import Journal
+from ..calibrate.layers import QuantizedOperator, quantize_operators
+from ..calibrate.model import DiffusionModel
+from ..calibrate.optimize import Outcome, calibrate
+from ..calibrate.recipe import Recipe, freeze
+from ..calibrate.scheme import QuantScheme
+from ..calibrate.spec import CalibrationSpec
+from ..calibrate.trace import trace
+from ..calibrate.trajectory import Trajectory, simulate
+from ..runtime.bundle import Bundle, Manifest, OperatorFacts, describe, save_manifest
+from ..runtime.console import machine_facts
+from ..runtime.errors import AccuQuantError
+from ..runtime.files import atomic_folder, sha256
+from ..runtime.plan import SamplingPlan
+from .graph import save_graph, trace_float
+from .lower import lower
+from .measure import Comparison, compare_twins
+from .report import DriftPoint, LayerRow, ReportFacts, write_report
+from .verify import check_graph, check_parity
+
+Show = Callable[[str, int, int, str], None]  # stage, done, total, note
+
+# Far from the seeds people sample with, so that no picture anyone looks at was calibrated on.
+TEACHER_SEEDS, JUDGE_SEEDS = 1 << 40, 1 << 41
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; None means the checkpoint family's own default."""
+
+    checkpoint: Path
+    out: Path
+    scheme: QuantScheme
+    spec: CalibrationSpec
+    config: Path | None = None
+    sampler: str | None = None
+    steps: int | None = None
+    resume: bool = False
+    device: str = "cpu"
+    pictures: int = 64
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A loaded model with its operators quantized (not yet calibrated), its plan, and what calibrating will cost."""
+
+    model: DiffusionModel
+    operators: dict[str, QuantizedOperator]
+    plan: SamplingPlan
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class Result:
+    bundle: Bundle
+    outcome: Outcome
+    comparison: Comparison
+    report: Path
+
+
+def prepare(request: Request) -> Prepared:
+    """Load the checkpoint, trace the sampler, quantize the operators and estimate the cost."""
+    _check_out(request.out)
+    model = load_model(request.checkpoint, request.config)
+    plan = trace(request.sampler or model.default_sampler, model.noise_schedule, request.steps or model.default_steps)
+    network = model.network.to(request.device)
+    operators = quantize_operators(network, request.scheme, model.role_of)
+    cost = estimate(network, operators, plan, request.spec, model.sample_shape)
+    return Prepared(model, operators, plan, cost)
+
+
+def build(request: Request, prepared: Prepared, show: Show) -> Result:
+    """Calibrate and write the bundle at `request.out`, replacing an older one."""
+    times: dict[str, float] = {}
+    model, plan, operators = prepared.model, prepared.plan, prepared.operators
+    work = request.out.with_name(f".{request.out.name}.work")
+    if not request.resume:
+        shutil.rmtree(work, ignore_errors=True)
+
+    begun = time.perf_counter()
+    specification = {
+        "checkpoint": sha256(request.checkpoint),
+        "scheme": request.scheme.model_dump(),
+        "calibration": request.spec.model_dump(),
+        "plan": plan.model_dump(mode="json"),
+        "torch": torch.__version__,
+    }
+    teacher, judge = _trajectories(request, prepared, work, specification, show)
+    outcome = calibrate(
+        model.network,
+        operators,
+        plan,
+        teacher,
+        judge,
+        request.spec,
+        Journal(work, specification),
+        resume=request.resume,
+        report=lambda stage, done, total, loss: show(stage, done, total, "" if loss is None else f"loss {loss:.2e}"),
+    )
+    times["calibration"] = time.perf_counter() - begun
+    recipe = freeze(operators, request.scheme, _provenance(request, outcome))
+
+    begun = time.perf_counter()
+    show("export", 0, 3, "")
+    with atomic_folder(request.out) as folder:
+        float_graph = trace_float(model.network, operators, model.sample_shape)
+        show("export", 1, 3, "")
+        quantized, twin = lower(float_graph, recipe, request.scheme.target)
+        save_graph(quantized, folder / "denoiser.onnx")
+        save_graph(twin, folder / "twin.onnx")
+        recipe.save(folder)
+        plan.save(folder / "plan.json")
+        for name in ("denoiser.onnx", "twin.onnx"):
+            check_graph(folder / name)
+        show("export", 2, 3, "")
+        parity = check_parity(folder / "denoiser.onnx", folder / "twin.onnx", model.network, operators, plan, judge)
+        show("export", 3, 3, "")
+        times["export"] = time.perf_counter() - begun
+        _write_manifest(folder, request, prepared, recipe, parity)
+        bundle = Bundle(folder)
+        comparison = compare_twins(
+            bundle, request.pictures, 0, lambda done, total: show("comparing twins", done, total, "")
+        )
+        times["fp sampling"], times["int sampling"] = comparison.seconds["twin"], comparison.seconds["denoiser"]
+        _write_report(folder, request, prepared, recipe, outcome, comparison, times)
+    shutil.rmtree(work, ignore_errors=True)
+    return Result(Bundle(request.out), outcome, comparison, request.out / "report" / "index.html")
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").exists():
+        raise AccuQuantError(f"{out} is a folder that holds something else than a bundle; choose another --out")
+
+
+def _trajectories(
+    request: Request, prepared: Prepared, work: Path, specification: dict[str, Any], show: Show
+) -> tuple[Trajectory, Trajectory]:
+    """Teacher and judge runs; kept in the work folder so that a resumed run starts from the same bytes."""
+    found: list[Trajectory] = []
+    spec = request.spec
+    for name, first, count in (
+        ("teacher", TEACHER_SEEDS, spec.trajectories),
+        ("held-out", JUDGE_SEEDS, spec.held_out),
+    ):
+        path = work / f"{name}.safetensors"
+        if request.resume and path.exists() and (work / "snapshot.safetensors").exists():
+            found.append(Trajectory.load(path))
+            continue
+        first += spec.seed << 20
+        runs = simulate(
+            prepared.model.network,
+            prepared.plan,
+            range(first, first + count),
+            prepared.model.sample_shape,
+            progress=lambda done, total, name=name: show(f"{name} trajectories", done, total, ""),  # type: ignore[misc]
+        )
+        runs.save(path)
+        found.append(runs)
+    return found[0], found[1]
+
+
+def _provenance(request: Request, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "checkpoint": request.checkpoint.name,
+        "checkpoint_sha256": sha256(request.checkpoint),
+        "calibration": request.spec.model_dump(),
+        "held_out_error": {str(k): v for k, v in outcome.held_out.items()},
+        "kept_iteration": outcome.kept,
+        "versions": versions(),
+        "machine": machine_facts(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of everything that had a hand in the artifact."""
+    names = ("accuquant", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _operator_facts(recipe: Recipe) -> dict[str, OperatorFacts]:
+    facts = {}
+    for name, operator in recipe.facts.operators.items():
+        codes = recipe.codes.get(name)
+        count = 0 if codes is None else codes.numel()
+        bits = operator.weight_bits
+        container = "-" if bits is None else "int4" if bits <= 4 else "int8"
+        facts[name] = OperatorFacts(
+            kind=operator.kind,
+            role=operator.role,
+            weight_bits=bits,
+            weight_container=container,
+            inputs=tuple(f"{'int' if i.signed else 'uint'}{i.bits}" for i in operator.inputs),
+            parameters=count,
+            stored_bytes=(count + 1) // 2 if container == "int4" else count,
+        )
+    return facts
+
+
+def _write_manifest(
+    folder: Path, request: Request, prepared: Prepared, recipe: Recipe, parity: dict[str, float]
+) -> None:
+    save_manifest(
+        folder,
+        Manifest(
+            family=prepared.model.family,
+            found=prepared.model.found,
+            sample_shape=prepared.model.sample_shape,
+            scheme=request.scheme.name,
+            target=request.scheme.target,
+            policy=request.scheme.policy,
+            sampler=f"{request.sampler or prepared.model.default_sampler} ({prepared.plan.sampler})",
+            networks=describe(folder, {"denoiser": "denoiser.onnx", "twin": "twin.onnx"}),
+            operators=_operator_facts(recipe),
+            provenance=recipe.facts.provenance,
+            quality=parity,
+        ),
+    )
+
+
+def _write_report(
+    folder: Path,
+    request: Request,
+    prepared: Prepared,
+    recipe: Recipe,
+    outcome: Outcome,
+    comparison: Comparison,
+    times: dict[str, float],
+) -> None:
+    manifest = Bundle(folder).manifest
+    layers = [
+        LayerRow(
+            name=name,
+            kind=facts.kind,
+            role=facts.role,
+            weight_bits=facts.weight_bits,
+            weight_container=facts.weight_container,
+            inputs=" x ".join(facts.inputs),
+            parameters=facts.parameters,
+            stored_bytes=facts.stored_bytes,
+            runs_as=comparison.runs_as.get(name, "not inspected"),
+        )
+        for name, facts in manifest.operators.items()
+    ]
+    quantiles = zip(*(_quantile(comparison.drift, q) for q in (0.5, 0.1, 0.9)), strict=True)
+    drift = [
+        DriftPoint(step=i + 1, timestep=step.timestep, median=median, p10=p10, p90=p90)
+        for i, (step, (median, p10, p90)) in enumerate(zip(prepared.plan.steps, quantiles, strict=True))
+    ]
+    weights = sum(row.parameters for row in layers)
+    facts = ReportFacts(
+        title=f"{request.checkpoint.stem} at {request.scheme.name}",
+        found=prepared.model.found,
+        scheme=request.scheme.name,
+        target=request.scheme.target,
+        policy=request.scheme.policy,
+        sampler=manifest.sampler,
+        steps=len(prepared.plan),
+        seeds_first=0,
+        n=len(comparison.psnr),
+        psnr=comparison.psnr.tolist(),
+        ssim=comparison.ssim.tolist(),
+        drift=drift,
+        held_out=outcome.held_out,
+        kept=outcome.kept,
+        calibration=request.spec.model_dump(),
+        layers=layers,
+        sizes={
+            "checkpoint": request.checkpoint.stat().st_size,
+            "fp32 graph": (folder / "twin.onnx").stat().st_size,
+            "quantized graph": (folder / "denoiser.onnx").stat().st_size,
+            "weights fp32": 4 * weights,
+            "weights quantized": sum(row.stored_bytes for row in layers),
+        },
+        times=times,
+        machine=machine_facts(),
+        versions=versions(),
+        engine=comparison.engine,
+    )
+    write_report(folder / "report", facts, comparison.fp, comparison.quantized)
+
+
+def _quantile(drift: Any, q: float) -> list[float]:
+    return torch.quantile(torch.as_tensor(drift, dtype=torch.float64), q, dim=1).tolist()

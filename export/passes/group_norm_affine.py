@@ -1,0 +1,75 @@
+"""GroupNormalization as a per-channel affine, which keeps OpenVINO in its channels-last layout.
+
+With means over the positions of each channel, then over the channels of each group (G groups of C/G channels):
+
+    m = mean_HW(x),  q = mean_HW(x^2)                          (N, C, 1, 1)
+    mu = mean_group(m),  var = mean_group(q) - mu^2            (N, G, 1)
+    A = gamma / sqrt(var + eps),  B = beta - mu A,  y = x A + B
+
+OpenVINO lowers GroupNormalization through a Reshape to (N, G, -1) that forces a layout change before and after every
+norm; on small U-Nets that was 45 % of the step. ONNX Runtime gains nothing, so this belongs to the CPU target alone.
+
+Requires: opset 21 GroupNormalization (scale and bias per channel) on 4-D inputs with a known channel count.
+Ensures: none is left; equal to the operator up to float32 rounding (variance by E[x^2] - E[x]^2).
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from ...runtime.errors import AccuQuantError
+
+
+def group_norm_affine(model: ir.Model) -> int:
+    """Rewrite in place; returns how many norms were rewritten.
+
+    Raises:
+        AccuQuantError: a norm whose input is not 4-D or whose scale is not a constant; names the node.
+    """
+    norms = [node for node in model.graph if node.op_type == "GroupNormalization"]
+    for norm in norms:
+        _rewrite(model, norm)
+    return len(norms)
+
+
+def _rewrite(model: ir.Model, norm: ir.Node) -> None:
+    x, scale, bias = norm.inputs
+    if x is None or scale is None or bias is None or scale.const_value is None or bias.const_value is None:
+        raise AccuQuantError(f"norm {norm.name}: scale and bias must be constants of the graph")
+    if x.shape is not None and len(x.shape) != 4:
+        raise AccuQuantError(f"norm {norm.name}: input of rank {len(x.shape)}; 4 is expected (N, C, H, W)")
+    groups = norm.attributes["num_groups"].as_int()
+    eps = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else 1e-5
+    gamma, beta = scale.const_value.numpy(), bias.const_value.numpy()
+    per_group = len(gamma) // groups
+    prefix = norm.name or norm.outputs[0].name
+
+    def constant(name: str, value: np.ndarray) -> ir.Value:
+        made = ir.val(f"{prefix}.{name}", const_value=ir.tensor(value, name=f"{prefix}.{name}"))
+        model.graph.register_initializer(made)
+        return made
+
+    def node(op: str, name: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        made = ir.Node(
+            "", op, inputs, [ir.AttrInt64(k, v) for k, v in attributes.items()], name=f"{prefix}.{name}"
+        )
+        made.outputs[0].name = f"{prefix}.{name}.output"
+        model.graph.insert_before(norm, made)
+        return made.outputs[0]
+
+    grouped = constant("grouped", np.array([0, groups, per_group], np.int64))
+    channels = constant("channels", np.array([0, groups * per_group, 1, 1], np.int64))
+    last = constant("last", np.array([2], np.int64))
+    m = node("GlobalAveragePool", "mean", x)
+    q = node("GlobalAveragePool", "square_mean", node("Mul", "square", x, x))
+    mu = node("ReduceMean", "group_mean", node("Reshape", "mean_grouped", m, grouped), last, keepdims=1)
+    second = node("ReduceMean", "group_square", node("Reshape", "square_grouped", q, grouped), last, keepdims=1)
+    # Rounding may leave a variance of -1e-9 on a constant group.
+    floor = constant("zero", np.float32(0).reshape(()))
+    var = node("Max", "variance", node("Sub", "spread", second, node("Mul", "mean_squared", mu, mu)), floor)
+    deviation = node("Sqrt", "deviation", node("Add", "stable", var, constant("eps", np.float32(eps).reshape(()))))
+    a = node("Div", "a", constant("gamma", gamma.reshape(1, groups, per_group)), deviation)
+    b = node("Sub", "b", constant("beta", beta.reshape(1, groups, per_group)), node("Mul", "mean_a", mu, a))
+    scaled = node("Mul", "scaled", x, node("Reshape", "a_channels", a, channels))
+    y = node("Add", "shifted", scaled, node("Reshape", "b_channels", b, channels))
+    ir.convenience.replace_all_uses_with(norm.outputs[0], y)
+    model.graph.remove(norm, safe=True)

@@ -1,0 +1,121 @@
+"""The bundle: a folder that holds everything a sampler needs, described by `manifest.json`.
+
+    manifest.json  plan.json  denoiser.onnx  twin.onnx  recipe.json  recipe.safetensors  report/
+
+`denoiser.onnx` is the quantized network, `twin.onnx` its full-precision twin. Engines are not part of it: they are
+compiled from the graphs on the machine that runs them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import AccuQuantError
+from .files import sha256, write_text
+from .plan import SamplingPlan
+
+NetworkName = Literal["denoiser", "twin"]
+
+
+class NetworkFile(BaseModel):
+    """A graph of the bundle: its files' names (graph first, then external data) and their digests."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    files: dict[str, str]
+
+    @property
+    def graph(self) -> str:
+        return next(iter(self.files))
+
+
+class OperatorFacts(BaseModel):
+    """What the manifest says of one quantized operator."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["conv", "linear", "matmul"]
+    role: str
+    weight_bits: int | None
+    weight_container: str
+    inputs: tuple[str, ...]
+    parameters: int
+    stored_bytes: int
+
+
+class Manifest(BaseModel):
+    """The contract between export and runtime."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    family: str
+    found: str
+    sample_shape: tuple[int, int, int]
+    conditioning: Literal["none"] = "none"
+    scheme: str
+    target: str
+    policy: str
+    sampler: str
+    networks: dict[NetworkName, NetworkFile]
+    operators: dict[str, OperatorFacts]
+    provenance: dict[str, Any]
+    quality: dict[str, Any]
+
+
+class Bundle:
+    """A bundle on disk, checked on opening: manifest understood, files present and unchanged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / "manifest.json"
+        if not path.exists():
+            raise AccuQuantError(f"{folder} is not a bundle: it has no manifest.json; make one with accuquant-export")
+        try:
+            self.manifest = Manifest.model_validate_json(path.read_text())
+        except (ValidationError, UnicodeDecodeError) as error:
+            raise AccuQuantError(f"{path} is not a manifest this version understands: {error}") from error
+        for network in self.manifest.networks.values():
+            for name, digest in network.files.items():
+                _check_file(folder, name, digest)
+        self.plan = SamplingPlan.load(folder / "plan.json")
+
+    def graph(self, network: NetworkName) -> Path:
+        """Path of a network's graph.
+
+        Raises:
+            AccuQuantError: the bundle does not hold that network.
+        """
+        if network not in self.manifest.networks:
+            held = ", ".join(self.manifest.networks)
+            raise AccuQuantError(f"{self.folder} holds no {network} (it holds {held}); export again without --no-twin")
+        return self.folder / self.manifest.networks[network].graph
+
+    def weight_bytes(self, network: NetworkName) -> int:
+        """Size on disk of a network's graph and data."""
+        return sum((self.folder / name).stat().st_size for name in self.manifest.networks[network].files)
+
+
+def describe(folder: Path, graphs: Mapping[NetworkName, str]) -> dict[NetworkName, NetworkFile]:
+    """NetworkFile of each graph just written into `folder`, external data included."""
+    described: dict[NetworkName, NetworkFile] = {}
+    for network, graph in graphs.items():
+        names = [graph] + [p.name for p in sorted(folder.glob(graph + ".data"))]
+        described[network] = NetworkFile(files={name: sha256(folder / name) for name in names})
+    return described
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    write_text(folder / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
+
+
+def _check_file(folder: Path, name: str, digest: str) -> None:
+    path = folder / name
+    if Path(name).name != name:
+        raise AccuQuantError(f"{folder}: the manifest names {name!r}, which is not a file of the bundle")
+    if not path.exists():
+        raise AccuQuantError(f"{path} is missing; copy the bundle again, whole")
+    if sha256(path) != digest:
+        raise AccuQuantError(f"{path} is not the file the manifest describes (its digest differs); copy it again")

@@ -1,0 +1,64 @@
+"""`accuquant-sample BUNDLE`: run the full sampling loop on this machine's integer kernels and save the pictures."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from .bundle import Bundle, NetworkName
+from .console import bar, command, console, machine_facts
+from .errors import AccuQuantError
+from .files import atomic
+from .pictures import grid, to_uint8
+from .pipeline import Pipeline
+
+
+def sample(
+    bundle: Annotated[Path, typer.Argument(help="Folder written by accuquant-export.")],
+    n: Annotated[int, typer.Option("-n", "--number", min=1, help="How many pictures.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
+    out: Annotated[Path, typer.Option(help="A .png for one grid, a .npy for raw latents, or a folder.")] = Path("grid.png"),
+    fp: Annotated[bool, typer.Option("--fp", help="Run the full-precision twin instead.")] = False,
+    engine: Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    threads: Annotated[int, typer.Option(min=0, help="0: all cores.")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Sample pictures from a bundle. Needs no torch."""
+    if out.suffix not in {".png", ".npy", ""}:
+        raise AccuQuantError(f"--out {out}: write .png (one grid), .npy (raw latents) or a folder name")
+    opened = Bundle(bundle)
+    network: NetworkName = "twin" if fp else "denoiser"
+    with Pipeline(opened, network=network, engine=engine, batch=min(batch, n), threads=threads) as pipeline:
+        manifest, steps = opened.manifest, len(opened.plan)
+        precision = "fp32" if fp else manifest.scheme
+        console.print(f"{precision}, {manifest.sampler}, {steps} network calls, on {pipeline.engine.name}")
+        begun = time.perf_counter()
+        with bar() as show:
+
+            def on_step(first: int, done: int, _: np.ndarray) -> None:
+                chunks = -(-n // pipeline.batch)
+                show("sampling", first // pipeline.batch * steps + done, chunks * steps, "")
+
+            latents = pipeline.generate(range(seed, seed + n), on_step)
+        seconds = time.perf_counter() - begun
+    if out.suffix == ".npy":
+        with atomic(out) as part, part.open("wb") as file:
+            np.save(file, latents)
+    elif out.suffix == ".png":
+        with atomic(out) as part:
+            grid(to_uint8(latents)).save(part, format="PNG")
+    else:
+        for s, picture in zip(range(seed, seed + n), to_uint8(latents), strict=True):
+            with atomic(out / f"{s:08d}.png") as part:
+                grid(picture[None], scale=1, gap=0).save(part, format="PNG")
+    facts = machine_facts()
+    console.print(
+        f"{n} pictures, seeds {seed}..{seed + n - 1}, in {seconds:.1f} s "
+        f"({seconds / n * 1e3:.0f} ms each; {facts['cpu']}, {facts['cores']} cores): {out}"
+    )
+
+
+main = command(sample)

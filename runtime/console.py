@@ -1,0 +1,87 @@
+"""What the commands share: errors as one sentence, progress as one bar, machine facts beside every number."""
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .errors import AccuQuantError
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def command(function: Callable[..., None]) -> Callable[[], None]:
+    """A console entry point for `function`: user errors become one sentence and exit code 1, Ctrl-C exit code 130."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(function)
+
+    def main() -> None:
+        try:
+            app(standalone_mode=True)
+        except AccuQuantError as error:
+            if "--debug" in sys.argv:
+                raise
+            Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(error)}")
+            sys.exit(1)
+        except KeyboardInterrupt:
+            Console(stderr=True).print("interrupted; nothing half-written was left behind")
+            sys.exit(130)
+
+    return main
+
+
+@contextmanager
+def bar() -> Iterator[Callable[[str, int, int, str], None]]:
+    """Yield `show(stage, done, total, note)`, which draws one bar per stage (plain lines where there is no terminal)."""
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, int] = {}
+
+        def show(stage: str, done: int, total: int, note: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total, note=note)
+                if not console.is_terminal:
+                    console.print(f"{stage} ...")
+            progress.update(tasks[stage], completed=done, total=total, note=note)  # type: ignore[arg-type]
+
+        yield show
+
+
+def machine_facts() -> dict[str, str]:
+    """Processor, its low-bit instructions, cores, memory and system: what a measured number depends on."""
+    cpu, flags, memory = platform.processor() or platform.machine(), set[str](), 0
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                cpu = value.strip()
+            elif key.strip() == "flags":
+                flags = set(value.split())
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    shown = [f for f in ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8") if f in flags]
+    return {
+        "cpu": cpu,
+        "instructions": " ".join(shown),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "memory": f"{memory / 2**30:.0f} GiB",
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def _escaped(error: Exception) -> str:
+    return str(error).replace("[", r"\[")

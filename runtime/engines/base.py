@@ -1,0 +1,79 @@
+"""What every engine is: a compiled graph of fixed batch that maps named arrays to one array."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import AccuQuantError
+
+
+@dataclass(frozen=True)
+class Port:
+    """A network input or output: name, numpy dtype and full shape, batch included."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One step of the engine's own execution graph: what runs, in which precision, for which graph nodes."""
+
+    kind: str
+    precision: str
+    nodes: tuple[str, ...]
+    microseconds: float | None = None
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a graph is compiled. `threads` 0 leaves the choice to the library."""
+
+    batch: int = 8
+    threads: int = 0
+
+
+class Engine(ABC):
+    """Load by constructing, then `run`, then `close`. Engines are not thread-safe; give each thread its own."""
+
+    name: str  # library and version, as shown to people
+
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        if not path.exists():
+            raise AccuQuantError(f"{path} does not exist; is the bundle complete?")
+        self.path, self.options = path, options
+        self.inputs: tuple[Port, ...] = ()
+        self.outputs: tuple[Port, ...] = ()
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The network's output for `inputs` by name; the array stays valid until the next call.
+
+        Raises:
+            AccuQuantError: names, dtypes or shapes are not the engine's.
+        """
+        if inputs.keys() != {port.name for port in self.inputs}:
+            expected = ", ".join(port.name for port in self.inputs)
+            raise AccuQuantError(f"{self.path.name} takes {expected}; got {', '.join(inputs) or 'nothing'}")
+        for port in self.inputs:
+            given = inputs[port.name]
+            if given.shape != port.shape or given.dtype != port.dtype:
+                raise AccuQuantError(
+                    f"{self.path.name}: input {port.name} is {given.dtype} {given.shape}, "
+                    f"this engine was compiled for {port.dtype} {port.shape}"
+                )
+        return self._infer(inputs)
+
+    @abstractmethod
+    def _infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray: ...
+
+    @abstractmethod
+    def kernels(self) -> list[Kernel]:
+        """The execution graph as the library reports it; empty if it reports none."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the engine; it must not be run afterwards."""

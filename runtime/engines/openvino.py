@@ -1,0 +1,98 @@
+"""OpenVINO on the CPU: the default engine, because it fuses our Q/DQ graph wholly into int8 kernels.
+
+The graph is read as it is, with one change: 4-bit weight constants are widened to int8, same values. There is no 4-bit
+arithmetic on CPUs, and left at 4 bits OpenVINO decompresses such weights to float and computes in float.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from ..errors import AccuQuantError
+from .base import Engine, EngineOptions, Kernel, Port
+
+
+class OpenVINOEngine(Engine):
+    """A graph compiled by OpenVINO for the CPU at a fixed batch."""
+
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        super().__init__(path, options)
+        self.name = f"OpenVINO {ov.__version__.split('-')[0]} CPU"
+        core = ov.Core()
+        try:
+            model = core.read_model(path)
+        except RuntimeError as error:
+            raise AccuQuantError(f"{path} cannot be read by {self.name}: {_first_line(error)}") from error
+        widen_int4(model)
+        model.reshape({port: [options.batch, *list(port.partial_shape)[1:]] for port in model.inputs})
+        settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "PERF_COUNT": False,
+        }
+        if options.threads:
+            settings["INFERENCE_NUM_THREADS"] = options.threads
+        self._compiled: Any = core.compile_model(model, "CPU", settings)
+        self._request: Any = self._compiled.create_infer_request()
+        self.inputs = tuple(_port(p) for p in self._compiled.inputs)
+        self.outputs = tuple(_port(p) for p in self._compiled.outputs)
+        # Shared buffers: the loop writes into them and the engine reads them where they lie.
+        self._buffers = {port.name: np.zeros(port.shape, port.dtype) for port in self.inputs}
+        for port, raw in zip(self.inputs, self._compiled.inputs, strict=True):
+            self._request.set_tensor(raw, ov.Tensor(self._buffers[port.name], shared_memory=True))
+
+    def _infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        for name, value in inputs.items():
+            np.copyto(self._buffers[name], value)
+        self._request.infer()
+        return self._request.get_output_tensor(0).data  # type: ignore[no-any-return]
+
+    def kernels(self) -> list[Kernel]:
+        found = []
+        for op in self._compiled.get_runtime_model().get_ordered_ops():
+            info = {k: v.astype(str) for k, v in op.get_rt_info().items()}
+            original = info.get("originalLayersNames", "")
+            found.append(
+                Kernel(
+                    kind=info.get("layerType", op.get_type_name()),
+                    precision=info.get("runtimePrecision", "?"),
+                    nodes=tuple(name for name in original.split(",") if name),
+                )
+            )
+        return found
+
+    def close(self) -> None:
+        self._request = self._compiled = None
+
+
+def widen_int4(model: Any) -> int:
+    """Replace every 4-bit constant of an OpenVINO model by an int8 one of the same values; returns how many."""
+    widened = 0
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "Constant" or op.get_element_type() != ov.Type.i4:
+            continue
+        wide = ov.op.Constant(unpack_int4(np.asarray(op.data), list(op.get_output_shape(0))))
+        wide.set_friendly_name(op.get_friendly_name())
+        for target in op.output(0).get_target_inputs():
+            target.replace_source_output(wide.output(0))
+        widened += 1
+    return widened
+
+
+def unpack_int4(packed: np.ndarray, shape: list[int]) -> np.ndarray:
+    """Signed 4-bit values, two to a byte, low half first, as int8 of `shape`."""
+    raw = packed.view(np.uint8).ravel()
+    halves = np.stack([raw & 0xF, raw >> 4], axis=1).ravel()[: int(np.prod(shape))].astype(np.int8)
+    return np.where(halves > 7, halves - 16, halves).astype(np.int8).reshape(shape)
+
+
+def _port(port: Any) -> Port:
+    return Port(port.get_any_name(), port.get_element_type().to_dtype(), tuple(port.shape))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
