@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.plan import SamplingPlan
-from .layers import QuantizedOperator, quantization
+from .layers import QuantizedOperator, fast_compute, quantization
 from .multistep import cut
 from .spec import CalibrationSpec
 from .trajectory import call
@@ -39,12 +39,13 @@ def estimate(
         return tensor
 
     def timed(active: bool, differentiate: bool) -> float:
-        with quantization(operators, active), torch.set_grad_enabled(differentiate):
+        compute = fast_compute(device) if differentiate and spec.compute == "auto" else torch.float32
+        with quantization(operators, active, compute), torch.set_grad_enabled(differentiate):
             begun = time.perf_counter()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
                 out = call(network, plan, 0, x)
             if differentiate:
-                out.square().mean().backward()  # type: ignore[no-untyped-call]
+                out.square().mean().backward()
             return time.perf_counter() - begun
 
     timed(False, False)  # first-call allocations

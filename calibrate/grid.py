@@ -5,10 +5,13 @@ With scale s > 0 and zero point z, on the codes q_min..q_max:
     q(x)  = clamp(round(x / s) + z, q_min, q_max)          round half to even, as ONNX QuantizeLinear does
     Q(x)  = s (q(x) - z)
 
-`fake_quantize` carries the gradients of LSQ and LSQ+ (Esser et al. 2020; Bhalgat et al. 2020). Straight through the
-rounding, exact elsewhere; with v = x / s and `in` meaning that v + z did not leave the grid:
+`centred_codes` gives q(x) - z as integer-valued floats: a convolution of those, times the scales, is the arithmetic of
+the hardware itself, exact in float32 (sums below 2^24) and with bfloat16 operands (integers up to 256). Its gradients
+are those of LSQ and LSQ+ (Esser et al. 2020; Bhalgat et al. 2020): straight through the rounding, exact elsewhere.
+With v = x / s and `in` meaning that v + z did not leave the grid, for c = q - z and Q = s c:
 
-    dQ/dx = [in]          dQ/ds = q - z - v [in]          dQ/dz = -s [not in]
+    dc/dx = [in] / s          dc/ds = -v [in] / s          dc/dz = -[not in]
+    dQ/dx = [in]              dQ/ds = q - z - v [in]       dQ/dz = -s [not in]
 """
 
 from dataclasses import dataclass
@@ -65,36 +68,33 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (codes.to(scale.dtype) - zero_point) * scale
 
 
+def centred_codes(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """q(x) - z in x's float type, with the gradients above. A fractional zero point is rounded first."""
+    return _CentredCodes.apply(x, scale, zero_point, grid.q_min, grid.q_max)
+
+
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """Q(x) with the gradients above for x, scale and zero_point. A fractional zero point is rounded first."""
-    return _FakeQuantize.apply(x, scale, zero_point, grid.q_min, grid.q_max)
+    """Q(x) with the gradients above for x, scale and zero_point."""
+    return centred_codes(x, scale, zero_point, grid) * scale
 
 
-class _FakeQuantize(torch.autograd.Function):
+class _CentredCodes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero_point, q_min, q_max):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
         zero = torch.round(zero_point)
         ctx.save_for_backward(x, scale, zero)
         ctx.range = (q_min, q_max)
-        return torch.round(x / scale).add_(zero).clamp_(q_min, q_max).sub_(zero).mul_(scale)
+        return torch.round(x / scale).clamp_(q_min - zero, q_max - zero)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
         x, scale, zero = ctx.saved_tensors
         q_min, q_max = ctx.range
         v = x / scale
-        rounded = torch.round(v).add_(zero)
-        clamped = rounded.clamp(q_min, q_max)
-        inside = rounded == clamped
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
-        grad_scale = grad_zero = None
-        if ctx.needs_input_grad[1]:
-            grad_scale = _reduce(clamped.sub_(zero).sub_(v.mul_(inside)).mul_(grad), scale)
-        if ctx.needs_input_grad[2]:
-            grad_zero = _reduce((grad * ~inside).mul_(-scale), zero)
+        rounded = torch.round(v)
+        inside = (rounded >= q_min - zero) & (rounded <= q_max - zero)
+        through = torch.where(inside, grad, 0) / scale
+        grad_x = through if ctx.needs_input_grad[0] else None
+        grad_scale = -(through * v).sum_to_size(scale.shape) if ctx.needs_input_grad[1] else None
+        grad_zero = -torch.where(inside, 0, grad).sum_to_size(zero.shape) if ctx.needs_input_grad[2] else None
         return grad_x, grad_scale, grad_zero, None, None
-
-
-def _reduce(full: Tensor, like: Tensor) -> Tensor:
-    """Sum `full` over the axes along which `like` was broadcast."""
-    return full.sum_to_size(like.shape)

@@ -62,6 +62,6 @@ def initialise(
     histograms = {key: Histogram(seen.low, seen.high) for key, seen in ranges.items()}
     watch(lambda name, k, x: histograms[name, k].add(x), len(rows))
     for (name, k), seen in histograms.items():
-        quantizer: Any = operators[name].inputs[k]
+        quantizer = operators[name].quantizers[k]
         find = mse_activation if method == "mse" else min_max
         quantizer.set(*find(seen, quantizer.grid))

@@ -63,7 +63,9 @@ class Journal:
         except Exception as error:
             raise AccuQuantError(f"{self.path} is damaged ({error}); delete it or run without --resume") from error
         theirs = json.loads(meta["specification"])
-        differing = sorted(k for k in theirs.keys() | self.specification.keys() if theirs.get(k) != self.specification.get(k))
+        differing = sorted(
+            k for k in theirs.keys() | self.specification.keys() if theirs.get(k) != self.specification.get(k)
+        )
         if differing:
             named = ", ".join(f"{k}: {theirs.get(k)!r} then, {self.specification.get(k)!r} now" for k in differing)
             raise AccuQuantError(f"{self.path} belongs to another run ({named}); use the same options or drop --resume")

@@ -110,7 +110,7 @@ def accumulate_gradient(
             # The first row's input is data; a gradient with respect to it would be computed for nobody.
             wanted = gradient == "exact" and i > group.start
             x = x.detach().requires_grad_(wanted)
-            call(network, plan, i, x).backward(mu.pop(i))  # type: ignore[no-untyped-call]
+            call(network, plan, i, x).backward(mu.pop(i))
             if wanted:
                 assert x.grad is not None
                 carried = carried + x.grad

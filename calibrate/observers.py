@@ -58,9 +58,7 @@ class Range:
 
 def min_max(seen: Histogram, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero point, float64 scalars, of the whole observed range."""
-    return grid.affine(
-        torch.tensor(seen.low, dtype=torch.float64), torch.tensor(seen.high, dtype=torch.float64)
-    )
+    return grid.affine(torch.tensor(seen.low, dtype=torch.float64), torch.tensor(seen.high, dtype=torch.float64))
 
 
 def mse_activation(seen: Histogram, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ The state that samples held-out seeds best, to the end of the whole chain, is th
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ..runtime.plan import SamplingPlan
 from .initialise import initialise
 from .journal import Journal, Snapshot, pack_optimizer, unpack_optimizer
-from .layers import QuantizedOperator, quantization
+from .layers import QuantizedOperator, fast_compute, quantization
 from .multistep import Group, GroupBatch, accumulate_gradient, cut, history_needed, select
 from .rounding import WeightQuantizer, annealed_beta
 from .spec import CalibrationSpec
@@ -27,7 +26,7 @@ NORM_MEMORY = 0.9  # of the running mean that gradient clipping compares with
 
 @dataclass
 class Outcome:
-    """Held-out error, mean ||x~_S - x_S||^2 per pixel, by iteration; `kept` is the iteration of the best."""
+    """Held-out error by iteration, as `held_out_error` defines it; `kept` is the iteration of the best."""
 
     held_out: dict[int, float] = field(default_factory=dict)
     kept: int = 0
@@ -108,10 +107,15 @@ def calibrate(
 def held_out_error(
     network: nn.Module, operators: dict[str, QuantizedOperator], plan: SamplingPlan, judge: Trajectory
 ) -> float:
-    """Mean squared difference of the final latents, quantized against teacher, from the judge's seeds."""
+    """Squared difference of the final latents per element, its geometric mean over the judge's seeds.
+
+    Errors of single pictures span decades; their arithmetic mean would be the error of the worst one, and the mean of
+    logarithms is what PSNR averages.
+    """
     with quantization(operators, active=True):
         run = simulate(network, plan, judge.seeds, judge.states.shape[2:])
-    return float((run.states[-1] - judge.states[-1]).square().mean())
+    errors = (run.states[-1] - judge.states[-1]).square().flatten(1).mean(1).double()
+    return float(errors.clamp(min=1e-20).log().mean().exp())
 
 
 class _Learner:
@@ -128,10 +132,11 @@ class _Learner:
         self.network, self.operators, self.plan, self.teacher, self.spec = network, operators, plan, teacher, spec
         self.groups = cut(plan, spec.group)
         self.device = next(network.parameters()).device
+        self.compute = fast_compute(self.device) if spec.compute == "auto" else torch.float32
         self.weights = [op.weight_quantizer for op in operators.values() if op.weight_quantizer is not None]
         for weight in self.weights:
             weight.learn(spec.rounding)
-        quantizers: list[Any] = [q for op in operators.values() for q in op.inputs]
+        quantizers = [q for op in operators.values() for q in op.quantizers]
         # (name in snapshots, variable, rate)
         kinds = {
             "scale": ([q.log_scale for q in quantizers], spec.scale_rate),
@@ -160,7 +165,7 @@ class _Learner:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
         self.optimizer.zero_grad(set_to_none=True)
         chosen = self._group(iteration)
-        with quantization(self.operators, active=True), _soft(self.weights):
+        with quantization(self.operators, True, self.compute), _soft(self.weights):
             loss = accumulate_gradient(self.network, self.plan, chosen, self._batch(iteration, chosen), spec.gradient)
         if spec.rounding == "adaround" and math.isfinite(beta := annealed_beta(progress)):
             for weight in self.weights:

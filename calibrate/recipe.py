@@ -82,9 +82,7 @@ class Recipe:
 
 
 @torch.no_grad()
-def freeze(
-    operators: dict[str, QuantizedOperator], scheme: QuantScheme, provenance: dict[str, Any]
-) -> Recipe:
+def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provenance: dict[str, Any]) -> Recipe:
     """Read the learned state off the operators.
 
     Raises:
@@ -95,7 +93,7 @@ def freeze(
     scales: dict[str, Tensor] = {}
     for name, operator in operators.items():
         inputs = []
-        for quantizer in operator.inputs:
+        for quantizer in operator.quantizers:
             grid = quantizer.grid
             zero = float(quantizer.zero_point.clamp(grid.q_min, grid.q_max).round())
             try:
@@ -105,7 +103,9 @@ def freeze(
                     )
                 )
             except (ValidationError, ValueError, OverflowError) as error:
-                raise AccuQuantError(f"layer {name}: activation scale {float(quantizer.scale)}; calibrate again") from error
+                raise AccuQuantError(
+                    f"layer {name}: activation scale {float(quantizer.scale)}; calibrate again"
+                ) from error
         weight = operator.weight_quantizer
         if weight is not None:
             codes[name] = weight.codes().cpu()

@@ -25,7 +25,7 @@ ZETA, GAMMA = 1.1, -0.1
 
 
 class WeightQuantizer(nn.Module):
-    """A frozen float weight (C, ...) and how it is put on the grid; `forward` gives the dequantized weight."""
+    """A frozen float weight (C, ...) and how it is put on the grid; `forward` gives its codes as floats."""
 
     weight: Tensor
     scale: Tensor
@@ -65,7 +65,7 @@ class WeightQuantizer(nn.Module):
             codes = moved + (torch.round(moved) - moved).detach()
         else:
             codes = self.codes().to(v.dtype)
-        return codes.clamp(self.grid.q_min, self.grid.q_max) * self.scale
+        return codes.clamp(self.grid.q_min, self.grid.q_max)
 
     @torch.no_grad()
     def codes(self) -> Tensor:

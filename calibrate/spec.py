@@ -31,6 +31,7 @@ class CalibrationSpec(BaseModel):
     rounding_rate: float = Field(2e-2, gt=0, description="Adam's step for the rounding variables")
     rounding_weight: float = Field(1e-2, ge=0, description="AdaRound's regulariser, relative to the loss")
     clip_norm: float = Field(1.0, gt=0, description="gradient norm limit, relative to its running mean")
+    compute: Literal["auto", "float32"] = Field("auto", description="auto multiplies codes in bfloat16 where native")
     seed: int = Field(0, ge=0)
 
 

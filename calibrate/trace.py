@@ -62,7 +62,7 @@ SAMPLERS: Mapping[str, Sampler] = {
 
 
 class _Form(torch.Tensor):
-    """A float64 linear form; several schedulers cast to float32 on the way, which would smear the small coefficients."""
+    """A float64 linear form; several schedulers cast to float32 on the way, which would smear small coefficients."""
 
     def to(self, *args: Any, **kwargs: Any) -> "_Form":
         return self
@@ -112,7 +112,7 @@ def trace_scheduler(scheduler: Any, steps: int, **step_arguments: Any) -> Sampli
     for i, t in enumerate(timesteps):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         input_scale = _ratio(scaled, x, scheduler)
-        with _noise_source(scheduler, lambda i=i: basis(1 + rows + i)):  # type: ignore[misc]
+        with _noise_source(scheduler, lambda i=i: basis(1 + rows + i)):
             following = scheduler.step(basis(1 + i), t, x, return_dict=False, **step_arguments)[0]
         before, after = _coefficients(x), _coefficients(following)
         if before[0] == 0.0:

@@ -3,15 +3,16 @@
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
 import typer
+from pydantic import ValidationError
 from rich.table import Table
 
 from ..calibrate.scheme import QuantScheme, parse_bits
-from ..calibrate.spec import PRESETS, CalibrationSpec
+from ..calibrate.spec import PRESETS, CalibrationSpec, PresetName
 from ..calibrate.trace import SAMPLERS
 from ..runtime.console import bar, command, console, machine_facts
 from ..runtime.errors import AccuQuantError
@@ -43,7 +44,7 @@ def export(
     )
     if preset not in PRESETS:
         raise AccuQuantError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-    chosen = dict(PRESETS[preset]) | ({} if group is None else {"group": group})  # type: ignore[index]
+    chosen = dict(PRESETS[cast(PresetName, preset)]) | ({} if group is None else {"group": group})
     request = Request(
         checkpoint=checkpoint,
         out=out or Path(f"{checkpoint.stem}-{scheme.name.lower()}"),
@@ -89,18 +90,23 @@ def _summary(request: Request, result: Result) -> Table:
     )
     stored = Counter((f.weight_bits, f.weight_container) for f in manifest.operators.values())
     for (bits, container), count in sorted(stored.items(), key=str):
-        what = "products of activations" if bits is None else f"operators with {bits}-bit weights, stored as {container}"
+        what = (
+            "products of activations" if bits is None else f"operators with {bits}-bit weights, stored as {container}"
+        )
         table.add_row("", f"{count} {what}")
     ran = Counter(comparison.runs_as.values())
     shown = ", ".join(f"{n} as {p}" for p, n in ran.most_common()) or "the engine reports none"
     table.add_row("kernels on this machine", shown)
     n, p = len(comparison.psnr), np.percentile(comparison.psnr, [10, 90])
-    table.add_row("PSNR to the fp twin", f"{comparison.psnr.mean():.2f} dB mean, {p[0]:.1f}..{p[1]:.1f} p10..p90, n = {n}")
+    table.add_row(
+        "PSNR to the fp twin", f"{comparison.psnr.mean():.2f} dB mean, {p[0]:.1f}..{p[1]:.1f} p10..p90, n = {n}"
+    )
     table.add_row("SSIM to the fp twin", f"{comparison.ssim.mean():.4f} mean, n = {n}")
     held = result.outcome
     table.add_row(
         "end-of-chain error",
-        f"{held.initial:.2e} at the start, {held.best:.2e} kept (iteration {held.kept}, {request.spec.held_out} held-out seeds)",
+        f"{held.initial:.2e} at the start, {held.best:.2e} kept "
+        f"(iteration {held.kept}; n = {request.spec.held_out} held out)",
     )
     times = comparison.seconds
     table.add_row(
@@ -115,9 +121,8 @@ def _validated(model: Any, **values: Any) -> Any:
     """Build a pydantic model; its complaint becomes one sentence."""
     try:
         return model(**values)
-    except ValueError as error:
-        problems = getattr(error, "errors", lambda: [])()
-        first = problems[0] if problems else {"loc": ("?",), "msg": str(error), "input": ""}
+    except ValidationError as error:
+        first = error.errors()[0]
         raise AccuQuantError(f"--{'.'.join(map(str, first['loc']))} {first['input']}: {first['msg']}") from error
 
 

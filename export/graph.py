@@ -23,9 +23,7 @@ OPERATOR_TYPES = {"conv": ("Conv",), "linear": ("Gemm", "MatMul"), "matmul": ("M
 EXTERNAL_DATA_ABOVE = 64 * 2**20  # bytes of weights; protobuf itself ends at 2 GiB
 
 
-def trace_float(
-    network: nn.Module, operators: dict[str, QuantizedOperator], sample_shape: tuple[int, ...]
-) -> ir.Model:
+def trace_float(network: nn.Module, operators: dict[str, QuantizedOperator], sample_shape: tuple[int, ...]) -> ir.Model:
     """The float graph of `network(x, t)`, with x (batch, *sample_shape), t (batch,); weights are shared, not copied.
 
     Raises:
@@ -84,14 +82,14 @@ def _name_operators(model: ir.Model, operators: dict[str, QuantizedOperator]) ->
 
 
 def _name_scaling(product: ir.Node, name: str) -> None:
-    """Name a multiplication right behind a product `<name>/scaled`: compilers fuse the two and report the latter's name."""
+    """Name a Mul right behind a product `<name>/scaled`: compilers fuse the two and report the latter's name."""
     consumers = [usage.node for usage in product.outputs[0].uses()]
     if product.op_type == "MatMul" and len(consumers) == 1 and consumers[0].op_type == "Mul":
         consumers[0].name = f"{name}/scaled"
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Write the graph; weights go to `<name>.data` beside it once they are large. Both files appear whole or not at all."""
+    """Write the graph; weights go to `<name>.data` beside it once they are large."""
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     if size <= EXTERNAL_DATA_ABOVE:
         with atomic(path) as part:

@@ -83,7 +83,9 @@ def check_parity(
         "twin_relative_error": float(np.abs(stacked["twin"] - fp).max() / np.sqrt(np.square(fp).mean())),
     }
     if facts["twin_relative_error"] > TWIN_TOLERANCE:
-        raise AccuQuantError(f"the exported fp graph differs from the model by {facts['twin_relative_error']:.1e} of its scale")
+        raise AccuQuantError(
+            f"the exported fp graph differs from the model by {facts['twin_relative_error']:.1e} of its scale"
+        )
     if facts["sqnr_graph_db"] < facts["sqnr_simulation_db"] - SQNR_TOLERANCE:
         raise AccuQuantError(
             f"the quantized graph reaches {facts['sqnr_graph_db']:.1f} dB where its simulation reaches "

@@ -39,7 +39,11 @@ def bench(
     results = []
     with bar() as show:
         for size in sizes:
-            results.append(measure(opened, size, repeats, samples, threads, engine, lambda d, t, s=size: show(f"batch {s}", d, t, "")))  # type: ignore[misc]
+            results.append(
+                measure(
+                    opened, size, repeats, samples, threads, engine, lambda d, t, s=size: show(f"batch {s}", d, t, "")
+                )
+            )
     report = {
         "schema_version": 1,
         "scheme": opened.manifest.scheme,
@@ -117,7 +121,9 @@ def _sizes(text: str) -> list[int]:
 
 
 def _table(report: dict[str, Any]) -> Table:
-    table = Table(title=f"{report['scheme']} against fp32, {report['sampler']}, {report['network_calls']} network calls")
+    table = Table(
+        title=f"{report['scheme']} against fp32, {report['sampler']}, {report['network_calls']} network calls"
+    )
     for column in ("batch", "fp32 step", "int step", "speed-up", "fp32 run", "int run", "speed-up", "int pictures/s"):
         table.add_column(column, justify="right")
     for row in report["results"]:

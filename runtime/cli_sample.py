@@ -19,7 +19,9 @@ def sample(
     bundle: Annotated[Path, typer.Argument(help="Folder written by accuquant-export.")],
     n: Annotated[int, typer.Option("-n", "--number", min=1, help="How many pictures.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
-    out: Annotated[Path, typer.Option(help="A .png for one grid, a .npy for raw latents, or a folder.")] = Path("grid.png"),
+    out: Annotated[Path, typer.Option(help="A .png for one grid, a .npy for raw latents, or a folder.")] = Path(
+        "grid.png"
+    ),
     fp: Annotated[bool, typer.Option("--fp", help="Run the full-precision twin instead.")] = False,
     engine: Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")] = "auto",
     batch: Annotated[int, typer.Option(min=1)] = 8,

@@ -38,7 +38,7 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
 
 @contextmanager
 def bar() -> Iterator[Callable[[str, int, int, str], None]]:
-    """Yield `show(stage, done, total, note)`, which draws one bar per stage (plain lines where there is no terminal)."""
+    """Yield `show(stage, done, total, note)`, which draws one bar per stage (plain lines without a terminal)."""
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(bar_width=28),

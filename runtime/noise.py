@@ -16,7 +16,7 @@ import numpy as np
 
 
 def normal(seed: int, index: int, shape: Sequence[int]) -> np.ndarray:
-    """Standard normal float32 of `shape` for sample `seed` (0 <= seed < 2^64); index -1 starts the chain, j is step j."""
+    """Standard normal float32 of `shape` for `seed` in [0, 2^64); index -1 starts the chain, j belongs to step j."""
     count = int(np.prod(shape))
     pairs = (count + 1) // 2
     # The counter's high words hold the step: every (seed, step) owns 2^128 draws that no other one touches.

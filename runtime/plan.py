@@ -13,7 +13,7 @@ needs. The same rows drive the torch simulation, the checks and every engine.
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -68,12 +68,10 @@ class SamplingPlan(BaseModel):
                 last[j] = max(last[j], i)
         return tuple(last)
 
-    def advance(
-        self, i: int, x: Array, outputs: Mapping[int, Array], noise: Callable[[int], Array]
-    ) -> Array:
+    def advance(self, i: int, x: Array, outputs: Mapping[int, Array], noise: Callable[[int], Array]) -> Array:
         """x_{i+1} from x_i, the live outputs by index and noise(j), which is called only where c_ij is not zero."""
         step = self.steps[i]
-        result = step.a * x  # type: ignore[operator]
+        result: Any = step.a * x  # type: ignore[operator]
         for j, weight in step.b.items():
             result = result + weight * outputs[j]  # type: ignore[operator]
         for j, weight in step.c.items():

@@ -1,9 +1,9 @@
 """Train the bundled reference model: a pixel-space DDPM U-Net on Fashion-MNIST, saved as ermongroup/ddim saves it.
 
-    L = E_{x0, t, eps}  min(SNR_t, 5) / SNR_t  || eps - UNet(sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, t) ||^2
+    L = E_{x0,t,eps}  min(SNR_t, 5) / SNR_t  || eps - UNet(sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, t) ||^2
 
-with SNR_t = abar_t / (1 - abar_t): Ho et al. 2020, eq. 14, under the min-SNR weighting of Hang et al. 2023, which lets a
-short training spend its gradients on the noise levels that shape the picture.
+with SNR_t = abar_t / (1 - abar_t): Ho et al. 2020, eq. 14, under the min-SNR weighting of Hang et al. 2023, which lets
+a short training spend its gradients on the noise levels that shape the picture.
 
 Two files come out. `ckpt.pth` is the repository's five-item training list [model, optimizer, epoch, step, ema], written
 atomically every few hundred steps, from which `--resume` goes on. `<name>.ckpt` is the flat EMA state dict that people
@@ -26,9 +26,8 @@ import numpy as np
 import torch
 import typer
 import yaml
-from torch import Tensor, nn
-
 from accuquant.calibrate.families.ddim_unet import UNet, UNetConfig
+from torch import Tensor, nn
 
 TIMESTEPS, BETA_START, BETA_END = 1000, 1e-4, 0.02
 CONFIG = UNetConfig(
@@ -95,9 +94,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Folder with the idx files.")] = Path(
-        "/usr/share/datasets/fashion-mnist"
-    ),
+    data: Annotated[Path, typer.Option(help="Folder with the idx files.")] = Path("/usr/share/datasets/fashion-mnist"),
     out: Annotated[Path, typer.Option(help="Where checkpoints go.")] = Path("build/reference"),
     name: Annotated[str, typer.Option(help="Stem of the released files.")] = "fashion-ddim",
     images: Annotated[int, typer.Option(help="Images to see in all.")] = 1_000_000,
@@ -106,9 +103,7 @@ def main(
     ema_decay: Annotated[float, typer.Option()] = 0.999,
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    bf16: Annotated[
-        bool, typer.Option(help="bfloat16 autocast; slow on CPUs without AVX512-BF16 or AMX.")
-    ] = True,
+    bf16: Annotated[bool, typer.Option(help="bfloat16 autocast; slow on CPUs without AVX512-BF16 or AMX.")] = True,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
     minutes: Annotated[float, typer.Option(help="Stop (resumably) after this long; 0 for no limit.")] = 0.0,
     save_every: Annotated[int, typer.Option(help="Steps between training checkpoints.")] = 500,
@@ -148,9 +143,7 @@ def main(
 
     def save() -> None:
         prefixed = {f"module.{k}": v for k, v in model.state_dict().items()}
-        save_atomically(
-            [prefixed, optimizer.state_dict(), step * batch // len(pixels), step, ema], checkpoint
-        )
+        save_atomically([prefixed, optimizer.state_dict(), step * batch // len(pixels), step, ema], checkpoint)
         (out / "progress.json").write_text(json.dumps({"seconds": spent + time.monotonic() - begun}))
 
     begun, first = time.monotonic(), step
@@ -170,9 +163,7 @@ def main(
             # A silent zero here once cost a whole training: a compiled backward that never reached the lower levels.
             dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
             if dead:
-                raise SystemExit(
-                    f"no gradient reaches {', '.join(dead[:5])}: this torch cannot train the model"
-                )
+                raise SystemExit(f"no gradient reaches {', '.join(dead[:5])}: this torch cannot train the model")
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
@@ -201,9 +192,7 @@ def main(
         "seed": seed,
         "command": "python tools/train_reference.py " + " ".join(sys.argv[1:]),
         "wall_seconds": round(spent + time.monotonic() - begun),
-        "device": torch.cuda.get_device_name()
-        if device == "cuda"
-        else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": "Fashion-MNIST, 60 000 training images, 28x28 grey, MIT licence (Zalando SE)",

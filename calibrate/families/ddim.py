@@ -45,7 +45,7 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
     """Build the network that the keys describe and load them strictly.
 
     Raises:
-        AccuQuantError: no configuration, one that contradicts the keys, weights that are missing, left over or not finite.
+        AccuQuantError: no configuration, one that contradicts the keys, or weights missing, left over or not finite.
     """
     ch, ch_mult, blocks, attention_levels = shape_from_keys(state)
     in_channels, out_channels = state["conv_in.weight"].shape[1], state["conv_out.weight"].shape[0]
@@ -79,7 +79,9 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
         raise AccuQuantError(f"{path} does not fit the network its keys describe: {error}") from error
     broken = [name for name, value in network.state_dict().items() if not torch.isfinite(value).all()]
     if broken:
-        raise AccuQuantError(f"{path}: weights that are not finite in {', '.join(broken[:3])}; the checkpoint is damaged")
+        raise AccuQuantError(
+            f"{path}: weights that are not finite in {', '.join(broken[:3])}; the checkpoint is damaged"
+        )
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     return DiffusionModel(
         family="ddim",

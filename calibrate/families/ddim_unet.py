@@ -190,16 +190,16 @@ class UNet(nn.Module):
 
         h = self.conv_in(x)
         skips = [h]
-        for down in self.down:
-            for i in range(len(down.block)):  # type: ignore[arg-type]
-                h = down.run(i, h, temb)  # type: ignore[operator]
+        for down in cast(list[Level], list(self.down)):
+            for i in range(len(down.block)):
+                h = down.run(i, h, temb)
                 skips.append(h)
             if down.downsample is not None:
-                h = down.downsample(h)  # type: ignore[operator]
+                h = down.downsample(h)
                 skips.append(h)
 
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, temb)), temb)  # type: ignore[operator]
-        for up in reversed(self.up):  # type: ignore[call-overload]
+        for up in cast(list[Level], list(self.up)[::-1]):
             for i in range(len(up.block)):
                 h = up.run(i, torch.cat([h, skips.pop()], dim=1), temb)
             if up.upsample is not None:

@@ -49,9 +49,7 @@ def _rewrite(model: ir.Model, norm: ir.Node) -> None:
         return made
 
     def node(op: str, name: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        made = ir.Node(
-            "", op, inputs, [ir.AttrInt64(k, v) for k, v in attributes.items()], name=f"{prefix}.{name}"
-        )
+        made = ir.Node("", op, inputs, [ir.AttrInt64(k, v) for k, v in attributes.items()], name=f"{prefix}.{name}")
         made.outputs[0].name = f"{prefix}.{name}.output"
         model.graph.insert_before(norm, made)
         return made.outputs[0]
@@ -64,9 +62,9 @@ def _rewrite(model: ir.Model, norm: ir.Node) -> None:
     mu = node("ReduceMean", "group_mean", node("Reshape", "mean_grouped", m, grouped), last, keepdims=1)
     second = node("ReduceMean", "group_square", node("Reshape", "square_grouped", q, grouped), last, keepdims=1)
     # Rounding may leave a variance of -1e-9 on a constant group.
-    floor = constant("zero", np.float32(0).reshape(()))
+    floor = constant("zero", np.zeros((), np.float32))
     var = node("Max", "variance", node("Sub", "spread", second, node("Mul", "mean_squared", mu, mu)), floor)
-    deviation = node("Sqrt", "deviation", node("Add", "stable", var, constant("eps", np.float32(eps).reshape(()))))
+    deviation = node("Sqrt", "deviation", node("Add", "stable", var, constant("eps", np.full((), eps, np.float32))))
     a = node("Div", "a", constant("gamma", gamma.reshape(1, groups, per_group)), deviation)
     b = node("Sub", "b", constant("beta", beta.reshape(1, groups, per_group)), node("Mul", "mean_a", mu, a))
     scaled = node("Mul", "scaled", x, node("Reshape", "a_channels", a, channels))

@@ -55,7 +55,7 @@ def store_weights(model: ir.Model, recipe: Recipe) -> int:
         model.graph.insert_before(node, dequantize)
         node.replace_input_with(1, dequantize.outputs[0])
         dequantize.outputs[0].name = f"{name}.weight.dequantized"
-        if not weight.uses() and weight.name in model.graph.initializers:
+        if not weight.uses() and weight.name is not None and weight.name in model.graph.initializers:
             del model.graph.initializers[weight.name]
     return len(recipe.codes)
 

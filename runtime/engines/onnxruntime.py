@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU: the reference execution of a Q/DQ graph, and the fallback where OpenVINO is missing.
 
-`exact=True` turns every graph optimisation off, so that each Q, DQ and operator runs as the standard defines it: that is
-what simulations are held against. It fuses few of our nodes into integer kernels and is not a fast engine for them.
+`exact=True` turns every graph optimisation off, so that each Q, DQ and operator runs as the standard defines it: that
+is what simulations are held against. It fuses few of our nodes into integer kernels and is not a fast engine for them.
 """
 
 from collections.abc import Mapping

@@ -1,0 +1,142 @@
+"""Networks and runs small enough for a test, shared by fixtures and by the scripts that tests start and kill."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from accuquant.calibrate.families.ddim import role_of
+from accuquant.calibrate.families.ddim_unet import UNet, UNetConfig
+from accuquant.calibrate.journal import Journal
+from accuquant.calibrate.layers import QuantizedOperator, quantize_operators
+from accuquant.calibrate.optimize import Outcome, Report, calibrate
+from accuquant.calibrate.scheme import QuantScheme
+from accuquant.calibrate.spec import CalibrationSpec
+from accuquant.calibrate.trace import trace
+from accuquant.calibrate.trajectory import Trajectory, simulate
+from accuquant.runtime.plan import SamplingPlan
+from torch import Tensor, nn
+
+# 32 channels are the least that 32 norm groups allow.
+CONFIG = UNetConfig(
+    resolution=8, in_channels=1, out_ch=1, ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,)
+)
+SHAPE = (1, 8, 8)
+
+# A hundred training steps: alpha-bar ends at 0.36, so an untrained network's chain stays within a few units.
+NOISE_SCHEDULE = {
+    "num_train_timesteps": 100,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+}
+
+YAML = {
+    "data": {"image_size": 8, "channels": 1},
+    "diffusion": {
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "num_diffusion_timesteps": 100,
+    },
+}
+
+
+def unet(seed: int = 0, config: UNetConfig = CONFIG) -> UNet:
+    """A U-Net with weights of unit gain, so that its output is about as large as noise."""
+    network = UNet(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if p.ndim > 1:
+                p.normal_(0.0, p[0].numel() ** -0.5, generator=generator)
+            elif "norm" in name and name.endswith("weight"):
+                p.normal_(1.0, 0.2, generator=generator)
+            else:
+                p.normal_(0.0, 0.1, generator=generator)
+    return network.eval().requires_grad_(False)
+
+
+class Toy(nn.Module):
+    """A smooth convolutional denoiser of (x, t) that also runs in float64; with `looks=False` it ignores x."""
+
+    def __init__(self, seed: int, channels: int = 2, looks: bool = True) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, 6, 3, padding=1)
+        self.time = nn.Linear(1, 6)
+        self.second = nn.Conv2d(6, channels, 3, padding=1)
+        self.looks = looks
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.normal_(0.0, 0.4, generator=generator)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        time = self.time(t.to(x.dtype)[:, None] / 100)[:, :, None, None]
+        return self.second(torch.tanh(self.first(x if self.looks else torch.ones_like(x)) + time))
+
+
+def save_checkpoint(folder: Path, network: nn.Module, name: str = "tiny.ckpt") -> Path:
+    """The network's flat state dict in torch's format, its YAML beside it."""
+    path = folder / name
+    torch.save(network.state_dict(), path)
+    path.with_suffix(".yml").write_text(yaml.safe_dump(YAML))
+    return path
+
+
+@dataclass
+class Run:
+    """A calibration ready to start."""
+
+    network: UNet
+    operators: dict[str, QuantizedOperator]
+    plan: SamplingPlan
+    teacher: Trajectory
+    judge: Trajectory
+    spec: CalibrationSpec
+
+    def start(self, folder: Path, *, resume: bool = False, report: Report | None = None) -> Outcome:
+        journal = Journal(folder, {"spec": self.spec.model_dump()})
+        return calibrate(
+            self.network,
+            self.operators,
+            self.plan,
+            self.teacher,
+            self.judge,
+            self.spec,
+            journal,
+            resume=resume,
+            report=report,
+        )
+
+    def learned(self) -> dict[str, Tensor]:
+        """Everything calibration may have changed."""
+        state = {}
+        for name, operator in self.operators.items():
+            for i, q in enumerate(operator.inputs):
+                state[f"{name}/{i}/log_scale"] = q.log_scale.detach()
+                state[f"{name}/{i}/zero_point"] = q.zero_point.detach()
+            if operator.weight_quantizer is not None:
+                state[f"{name}/codes"] = operator.weight_quantizer.codes()
+                state[f"{name}/scale"] = operator.weight_quantizer.scale
+                if operator.weight_quantizer.choice is not None:
+                    state[f"{name}/choice"] = operator.weight_quantizer.choice.detach()
+        return state
+
+
+def prepare(
+    weight_bits: int = 4, activation_bits: int = 8, sampler: str = "ddim", steps: int = 6, **settings: object
+) -> Run:
+    """The tiny U-Net, quantized and not yet calibrated, with its teacher's trajectories."""
+    defaults = {"group": 2, "iterations": 12, "batch": 4, "trajectories": 6, "held_out": 4, "checks": 4}
+    spec = CalibrationSpec.model_validate(defaults | settings)
+    network = unet()
+    plan = trace(sampler, NOISE_SCHEDULE, steps)
+    teacher = simulate(network, plan, range(spec.trajectories), SHAPE)
+    judge = simulate(network, plan, range(1000, 1000 + spec.held_out), SHAPE)
+    scheme = QuantScheme(weight_bits=weight_bits, activation_bits=activation_bits)
+    operators = quantize_operators(network, scheme, role_of)
+    return Run(network, operators, plan, teacher, judge, spec)
