@@ -1,0 +1,21 @@
+"""AccuQuant: a diffusion checkpoint in, a low-bit sampling engine out.
+
+`accuquant.runtime` samples from a bundle and needs no torch. `accuquant.calibrate` learns quantization parameters and
+`accuquant.export` writes bundles; both are imported only when asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["AccuQuantError", "Bundle", "Pipeline", "SamplingPlan", "__version__"]
+
+if TYPE_CHECKING:
+    from .runtime import AccuQuantError, Bundle, Pipeline, SamplingPlan
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from . import runtime
+
+        return getattr(runtime, name)
+    raise AttributeError(f"module 'accuquant' has no attribute {name!r}")

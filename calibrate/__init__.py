@@ -1,0 +1,1 @@
+"""Learns quantization parameters: teacher trajectories, the multi-step objective, the frozen recipe."""

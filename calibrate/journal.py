@@ -60,16 +60,16 @@ class Journal:
             with safe_open(self.path, framework="pt") as stored:
                 meta = stored.metadata()
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            theirs, iteration, record = (json.loads(meta[k]) for k in ("specification", "iteration", "record"))
         except Exception as error:
             raise AccuQuantError(f"{self.path} is damaged ({error}); delete it or run without --resume") from error
-        theirs = json.loads(meta["specification"])
         differing = sorted(
             k for k in theirs.keys() | self.specification.keys() if theirs.get(k) != self.specification.get(k)
         )
         if differing:
             named = ", ".join(f"{k}: {theirs.get(k)!r} then, {self.specification.get(k)!r} now" for k in differing)
             raise AccuQuantError(f"{self.path} belongs to another run ({named}); use the same options or drop --resume")
-        return Snapshot(int(meta["iteration"]), tensors, json.loads(meta["record"]))
+        return Snapshot(iteration, tensors, record)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

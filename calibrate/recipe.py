@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -74,7 +75,7 @@ class Recipe:
         try:
             facts = RecipeFacts.model_validate_json((folder / "recipe.json").read_text())
             tensors = load_file(folder / "recipe.safetensors")
-        except (OSError, ValidationError) as error:
+        except (OSError, ValidationError, UnicodeDecodeError, SafetensorError) as error:
             raise AccuQuantError(f"{folder} holds no usable recipe: {error}") from error
         codes = {k.removesuffix(".codes"): v for k, v in tensors.items() if k.endswith(".codes")}
         scales = {k.removesuffix(".scale"): v for k, v in tensors.items() if k.endswith(".scale")}

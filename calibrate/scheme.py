@@ -78,7 +78,7 @@ def parse_bits(text: str) -> tuple[int, int]:
     """
     cleaned = text.strip().lower().replace("w", "").replace("a", "/")
     parts = cleaned.split("/")
-    if len(parts) > 2 or not all(p.isdigit() for p in parts):
+    if len(parts) > 2 or not all(p.isdecimal() for p in parts):
         raise AccuQuantError(f"--bits {text!r} is not understood; write weights/activations, such as 4/8 or 8/8, or 4")
     weight, activation = int(parts[0]), int(parts[1]) if len(parts) == 2 else 8
     for what, bits in (("weight", weight), ("activation", activation)):

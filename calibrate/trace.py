@@ -98,6 +98,23 @@ def trace_scheduler(scheduler: Any, steps: int, **step_arguments: Any) -> Sampli
     limit = scheduler.config.get("num_train_timesteps")
     if steps < 1 or (limit and steps > limit):
         raise AccuQuantError(f"{steps} sampling steps asked for; this model's schedule allows 1 to {limit}")
+    try:
+        rows = _rows(scheduler, steps, step_arguments)
+    except (ValueError, NotImplementedError, IndexError, TypeError) as error:
+        raise AccuQuantError(
+            f"{type(scheduler).__name__} cannot sample this model in {steps} steps ({error}); "
+            "choose another number of steps or another sampler"
+        ) from error
+    return SamplingPlan(
+        sampler=type(scheduler).__name__,
+        prediction_type=_prediction(scheduler),
+        init_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
+        steps=tuple(rows),
+    )
+
+
+def _rows(scheduler: Any, steps: int, step_arguments: Mapping[str, Any]) -> list[PlanStep]:
+    """Run the scheduler on basis vectors and read every row of the plan off the forms."""
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps
     rows = len(timesteps)
@@ -120,6 +137,8 @@ def trace_scheduler(scheduler: Any, steps: int, **step_arguments: Any) -> Sampli
                 f"{type(scheduler).__name__} forgets the starting noise before step {i + 1}, so its later steps cannot "
                 "be written as a plan; choose another sampler"
             )
+        if not torch.isfinite(after).all():
+            raise ValueError(f"step {i + 1} has coefficients that are not finite")
         a = float(after[0] / before[0])
         rest = after - a * before
         # What a row may still hold after the subtraction is rounding of numbers as large as those subtracted.
@@ -135,12 +154,7 @@ def trace_scheduler(scheduler: Any, steps: int, **step_arguments: Any) -> Sampli
             )
         )
         x = following
-    return SamplingPlan(
-        sampler=type(scheduler).__name__,
-        prediction_type=_prediction(scheduler),
-        init_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
-        steps=tuple(plan),
-    )
+    return plan
 
 
 def _coefficients(form: Tensor) -> Tensor:

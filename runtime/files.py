@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import AccuQuantError
@@ -32,7 +32,8 @@ def atomic(path: Path) -> Iterator[Path]:
             "free some space or choose another folder with --out"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # a parent that is a file, say: the error above is the one to hear
+            part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,11 +58,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
+        shutil.rmtree(part, ignore_errors=True)  # of a killed process that had our number
         part.mkdir(parents=True)
         yield part
         if path.exists():
             os.replace(path, old)
-        os.replace(part, path)
+        try:
+            os.replace(part, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
     except OSError as error:
         raise AccuQuantError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
     finally:

@@ -20,7 +20,7 @@ def normal(seed: int, index: int, shape: Sequence[int]) -> np.ndarray:
     count = int(np.prod(shape))
     pairs = (count + 1) // 2
     # The counter's high words hold the step: every (seed, step) owns 2^128 draws that no other one touches.
-    raw = np.random.Philox(key=[seed, 0], counter=[0, 0, index + 1, 0]).random_raw(2 * pairs)
+    raw = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=[0, 0, index + 1, 0]).random_raw(2 * pairs)
     uniform = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
     radius = np.sqrt(-2.0 * np.log(1.0 - uniform[:pairs]))
     angle = 2.0 * np.pi * uniform[pairs:]

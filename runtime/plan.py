@@ -114,5 +114,5 @@ class SamplingPlan(BaseModel):
             return cls.model_validate_json(path.read_text())
         except FileNotFoundError:
             raise AccuQuantError(f"{path} is missing; a bundle needs its sampling plan: export it again") from None
-        except ValidationError as error:
+        except (ValidationError, UnicodeDecodeError) as error:
             raise AccuQuantError(f"{path} is not a sampling plan of schema 1: {error}") from None

@@ -56,7 +56,7 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
         )
     facts, source = _configuration(path, config, (ch, ch_mult, in_channels))
     size = _positive_integer(facts, "data", "image_size", source)
-    diffusion = facts.get("diffusion", {})
+    diffusion = _diffusion(facts, source)
     if diffusion.get("beta_schedule", "linear") != "linear":
         raise AccuQuantError(f"{source}: beta_schedule {diffusion['beta_schedule']!r}; this family uses 'linear'")
     if size % 2 ** (len(ch_mult) - 1):
@@ -89,9 +89,9 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
         network=network.eval().requires_grad_(False),
         sample_shape=(in_channels, size, size),
         noise_schedule={
-            "num_train_timesteps": int(diffusion.get("num_diffusion_timesteps", 1000)),
-            "beta_start": float(diffusion.get("beta_start", 1e-4)),
-            "beta_end": float(diffusion.get("beta_end", 0.02)),
+            "num_train_timesteps": diffusion["num_diffusion_timesteps"],
+            "beta_start": diffusion["beta_start"],
+            "beta_end": diffusion["beta_end"],
             "beta_schedule": "linear",
             "prediction_type": "epsilon",
             "timestep_spacing": "leading",
@@ -149,6 +149,22 @@ def _configuration(
     if not isinstance(facts, dict) or not isinstance(facts.get("data"), dict):
         raise AccuQuantError(f"{chosen} has no `data:` section; expected the configuration form of ermongroup/ddim")
     return facts, chosen.name
+
+
+def _diffusion(facts: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The `diffusion:` section over the published defaults, its numbers checked."""
+    given = facts.get("diffusion") or {}
+    if not isinstance(given, dict):
+        raise AccuQuantError(f"{source}: `diffusion:` is {given!r}; a section with beta_start, beta_end is expected")
+    values = {"num_diffusion_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02} | given
+    for key, kind in (("num_diffusion_timesteps", int), ("beta_start", float), ("beta_end", float)):
+        try:
+            values[key] = kind(values[key])  # YAML reads 1e-4 as text
+        except (TypeError, ValueError):
+            values[key] = -1
+        if not values[key] > 0:
+            raise AccuQuantError(f"{source}: diffusion.{key} is {given.get(key)!r}; a positive number is expected")
+    return values
 
 
 def _positive_integer(facts: Mapping[str, Any], section: str, key: str, source: str) -> int:

@@ -1,0 +1,93 @@
+"""Bits as a person writes them, and the grid each operator gets."""
+
+import pytest
+from accuquant.calibrate.grid import Grid
+from accuquant.calibrate.scheme import QuantScheme, parse_bits
+from accuquant.runtime.errors import AccuQuantError
+from pydantic import ValidationError
+
+BODY = ["body", "attention"]
+ENDS = ["first", "last", "time"]
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [
+        ("4/8", (4, 8)),
+        ("8/8", (8, 8)),
+        ("2/2", (2, 2)),
+        ("W4A8", (4, 8)),
+        ("w6a6", (6, 6)),
+        ("8", (8, 8)),
+        ("4", (4, 8)),
+        ("w4", (4, 8)),
+        (" 4/8 ", (4, 8)),
+    ],
+)
+def test_bits_that_are_understood(text, bits):
+    assert parse_bits(text) == bits
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "/", "4/", "/8", "a8", "4/8/8", "-4/8", "4.0/8", "four", "W4/A8", "int8", "fp16", "4x8", "4 8", "²/8"],
+)
+def test_bits_that_are_not_understood_say_how_to_write_them(text):
+    with pytest.raises(AccuQuantError, match="4/8"):
+        parse_bits(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1/8", "1-bit weight"),
+        ("9/8", "9-bit weight"),
+        ("4/16", "16-bit activation"),
+        ("4/0", "0-bit activation"),
+        ("32", "32-bit weight"),
+    ],
+)
+def test_bits_out_of_range_say_which(text, said):
+    with pytest.raises(AccuQuantError, match=said):
+        parse_bits(text)
+
+
+@pytest.mark.parametrize("role", BODY)
+@pytest.mark.parametrize("policy", ["standard", "uniform"])
+def test_the_body_takes_the_bits_that_were_asked_for(role, policy):
+    scheme = QuantScheme(weight_bits=4, activation_bits=6, policy=policy)
+    assert scheme.weight_grid(role) == Grid(4, signed=True, symmetric=True)
+    assert scheme.activation_grid(role, "conv").bits == 6
+    assert scheme.activation_grid(role, "matmul").bits == 6
+
+
+@pytest.mark.parametrize("role", ENDS)
+def test_the_ends_keep_8_bits_under_the_standard_policy_only(role):
+    standard = QuantScheme(weight_bits=4, activation_bits=6)
+    uniform = QuantScheme(weight_bits=4, activation_bits=6, policy="uniform")
+    assert standard.weight_grid(role).bits == standard.activation_grid(role, "linear").bits == 8
+    assert (uniform.weight_grid(role).bits, uniform.activation_grid(role, "linear").bits) == (4, 6)
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+@pytest.mark.parametrize(
+    ("target", "grid"),
+    [("cpu", Grid(8, signed=False, symmetric=False)), ("tensorrt", Grid(8, signed=True, symmetric=True))],
+)
+def test_activation_grid_of_each_target(kind, target, grid):
+    scheme = QuantScheme(weight_bits=8, activation_bits=8, target=target)
+    assert scheme.activation_grid("body", kind) == grid
+
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+def test_weights_and_attention_products_are_signed_and_symmetric_everywhere(target):
+    scheme = QuantScheme(weight_bits=4, activation_bits=8, target=target)
+    assert scheme.activation_grid("attention", "matmul") == Grid(8, signed=True, symmetric=True)
+    assert scheme.weight_grid("body") == Grid(4, signed=True, symmetric=True)
+
+
+def test_name_and_limits():
+    assert QuantScheme(weight_bits=4, activation_bits=8).name == "W4A8"
+    for wrong in ({"weight_bits": 1}, {"activation_bits": 9}, {"target": "tpu"}, {"policy": "none"}, {"extra": 1}):
+        with pytest.raises(ValidationError):
+            QuantScheme.model_validate({"weight_bits": 4, "activation_bits": 8} | wrong)

@@ -1,0 +1,120 @@
+"""The three commands as a person runs them: what they print, what they leave, how they fail."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def run(name, *arguments, cwd, **environment):
+    module = {
+        "accuquant-export": "accuquant.export.cli",
+        "accuquant-sample": "accuquant.runtime.cli_sample",
+        "accuquant-bench": "accuquant.runtime.cli_bench",
+    }[name]
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.argv[0] = {name!r}; from {module} import main; main()",
+            *map(str, arguments),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "2", "COLUMNS": "160"} | environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("commands")
+    checkpoint = tiny.save_checkpoint(folder, tiny.unet())
+    arguments = [checkpoint, "--bits", "4/8", "--preset", "smoke", "--steps", "5", "--pictures", "4"]
+    return folder, run("accuquant-export", *arguments, cwd=folder)
+
+
+def test_export_says_what_it_found_and_what_it_made(exported):
+    folder, done = exported
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "ermongroup/ddim U-Net",
+        "1x8x8, configuration from tiny.yml",
+        "DDIMScheduler, 5 network calls",
+        "W4A8 for cpu, policy standard",
+        "PSNR to the fp twin",
+        "n = 4",
+        "4-bit weights, stored as int4",
+    ):
+        assert words in done.stdout, words
+    assert "Warning" not in done.stderr
+    assert (folder / "tiny-w4a8" / "manifest.json").exists()
+    assert (folder / "tiny-w4a8" / "report" / "index.html").exists()
+
+
+def test_sample_writes_grid_latents_and_folder(exported):
+    folder, _ = exported
+    for out in ("grid.png", "latents.npy", "many"):
+        done = run("accuquant-sample", "tiny-w4a8", "-n", 3, "--seed", 5, "--out", out, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert "3 pictures, seeds 5..7" in done.stdout
+    assert sorted(p.name for p in (folder / "many").iterdir()) == ["00000005.png", "00000006.png", "00000007.png"]
+
+
+def test_bench_measures_both_sides_and_writes_json(exported):
+    folder, _ = exported
+    done = run("accuquant-bench", "tiny-w4a8", "--batch", "1,2", "--repeats", 5, "--samples", 2, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((folder / "bench.json").read_text())
+    assert [row["batch"] for row in report["results"]] == [1, 2]
+    for row in report["results"]:
+        for side in ("twin", "denoiser"):
+            assert row["step_seconds"][side]["n"] == 5
+            assert 0 < row["step_seconds"][side]["p10"] <= row["step_seconds"][side]["median"]
+        ratio = row["step_seconds"]["twin"]["median"] / row["step_seconds"]["denoiser"]["median"]
+        assert row["step_speedup"] == pytest.approx(ratio)
+    assert report["machine"]["cpu"]
+
+
+def mistakes(folder):
+    (folder / "words.ckpt").write_text("not a checkpoint")
+    (folder / "cut.ckpt").write_bytes((folder / "tiny.ckpt").read_bytes()[:20_000])
+    return [
+        (["accuquant-export", "absent.ckpt"], "absent.ckpt does not exist"),
+        (["accuquant-export", "words.ckpt"], "words.ckpt is"),
+        (["accuquant-export", "cut.ckpt"], "cut.ckpt is cut off"),
+        (["accuquant-export", "tiny.ckpt", "--bits", "3.5"], "--bits '3.5' is not understood"),
+        (["accuquant-export", "tiny.ckpt", "--bits", "16/8"], "16-bit weights"),
+        (["accuquant-export", "tiny.ckpt", "--target", "tpu"], "target tpu"),
+        (["accuquant-export", "tiny.ckpt", "--preset", "fast"], "known: smoke, default, best"),
+        (["accuquant-export", "tiny.ckpt", "--sampler", "dimm"], "unknown sampler 'dimm'"),
+        (["accuquant-export", "tiny.ckpt", "--steps", "5000"], "5000 sampling steps"),
+        (["accuquant-sample", "."], "is not a bundle"),
+        (["accuquant-sample", "tiny-w4a8", "--out", "grid.jpg"], "write .png"),
+        (["accuquant-sample", "tiny-w4a8", "--engine", "fast"], "unknown engine 'fast'"),
+        (["accuquant-bench", "tiny-w4a8", "--batch", "one"], "positive whole numbers"),
+    ]
+
+
+def test_mistakes_are_one_sentence(exported):
+    """One clear sentence, exit code 1, no traceback, and no new file."""
+    folder, _ = exported
+    cases = mistakes(folder)
+    before = sorted(p.name for p in folder.iterdir())
+    for (name, *arguments), sentence in cases:
+        done = run(name, *arguments, cwd=folder)
+        assert done.returncode == 1, (arguments, done.stdout, done.stderr)
+        assert sentence in done.stderr, (sentence, done.stderr)
+        assert done.stderr.startswith("error:")
+        assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_debug_shows_the_traceback(exported):
+    folder, _ = exported
+    done = run("accuquant-export", "absent.ckpt", "--debug", cwd=folder)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr

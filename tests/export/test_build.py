@@ -1,0 +1,146 @@
+"""Checkpoint to bundle: complete or absent, resumable, and the same bytes either way."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from accuquant.calibrate.recipe import Recipe
+from accuquant.calibrate.scheme import QuantScheme
+from accuquant.calibrate.spec import PRESETS, CalibrationSpec
+from accuquant.export import build as build_module
+from accuquant.export.build import Request, build, prepare
+from accuquant.export.verify import check_parity
+from accuquant.runtime.errors import AccuQuantError
+
+
+@pytest.fixture
+def request_for(tiny_checkpoint, tmp_path):
+    def make(**changes):
+        values = {
+            "checkpoint": tiny_checkpoint,
+            "out": tmp_path / "bundle",
+            "scheme": QuantScheme(weight_bits=4, activation_bits=8),
+            "spec": CalibrationSpec(**PRESETS["smoke"] | {"iterations": 6, "checks": 2}),
+            "steps": 4,
+            "pictures": 4,
+        }
+        return Request(**values | changes)
+
+    return make
+
+
+def quiet(*_):
+    pass
+
+
+def test_bundle_holds_what_the_design_says(tiny_bundle):
+    names = {p.name for p in tiny_bundle.folder.iterdir()}
+    assert names == {
+        "manifest.json",
+        "plan.json",
+        "denoiser.onnx",
+        "twin.onnx",
+        "recipe.json",
+        "recipe.safetensors",
+        "report",
+    }
+    report = json.loads((tiny_bundle.folder / "report" / "report.json").read_text())
+    assert report["n"] == 8
+    assert len(report["drift"]) == len(tiny_bundle.plan)
+    assert {row["runs_as"] for row in report["layers"]} <= {"i8", "u8"}
+
+
+def test_four_bit_weights_take_four_bits(tiny_bundle):
+    facts = tiny_bundle.manifest.operators.values()
+    four = [f for f in facts if f.weight_container == "int4"]
+    assert four
+    assert all(f.stored_bytes == (f.parameters + 1) // 2 for f in four)
+    held = sum(f.stored_bytes for f in facts)
+    graph = tiny_bundle.weight_bytes("denoiser")
+    twin = tiny_bundle.weight_bytes("twin")
+    # The graph is its integers, its float norms and biases, and some kilobytes of nodes - and no float weights.
+    assert held < graph < twin / 2
+
+
+def test_frozen_recipe_round_trips(tiny_bundle, tmp_path):
+    recipe = Recipe.load(tiny_bundle.folder)
+    recipe.save(tmp_path)
+    for name in ("recipe.json", "recipe.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tiny_bundle.folder / name).read_bytes()
+
+
+def test_interrupted_build_leaves_no_bundle_and_resumes_to_the_same_bytes(request_for, tmp_path):
+    whole = request_for(out=tmp_path / "whole")
+    build(whole, prepare(whole), quiet)
+
+    def stop(stage, done, total, note):
+        if stage == "multi-step" and done == 5:
+            raise KeyboardInterrupt
+
+    cut = request_for(out=tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        build(cut, prepare(cut), stop)
+    assert not cut.out.exists()
+    resumed = request_for(out=tmp_path / "cut", resume=True)
+    build(resumed, prepare(resumed), quiet)
+    for name in ("recipe.safetensors", "denoiser.onnx", "twin.onnx", "plan.json"):
+        assert (cut.out / name).read_bytes() == (whole.out / name).read_bytes(), name
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+def test_resume_with_other_options_names_them(request_for, tmp_path):
+    def stop(stage, done, total, note):
+        if stage == "multi-step" and done == 4:
+            raise KeyboardInterrupt
+
+    first = request_for()
+    with pytest.raises(KeyboardInterrupt):
+        build(first, prepare(first), stop)
+    other = request_for(scheme=QuantScheme(weight_bits=8, activation_bits=8), resume=True)
+    with pytest.raises(AccuQuantError, match=r"another run \(scheme"):
+        build(other, prepare(other), quiet)
+
+
+def test_failure_during_export_leaves_nothing_that_looks_finished(request_for, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build_module, "write_report", full)
+    request = request_for()
+    with pytest.raises(AccuQuantError, match="No space left on device"):
+        build(request, prepare(request), quiet)
+    assert not request.out.exists()
+    assert not list(request.out.parent.glob("*.part"))
+
+
+def test_a_folder_with_other_things_is_not_overwritten(request_for, tmp_path):
+    request = request_for()
+    request.out.mkdir()
+    (request.out / "thesis.tex").write_text("precious")
+    with pytest.raises(AccuQuantError, match="something else than a bundle"):
+        prepare(request)
+    assert (request.out / "thesis.tex").read_text() == "precious"
+
+
+def test_parity_check_catches_a_graph_that_is_not_the_model(request_for, tiny_bundle, tmp_path):
+    """Swap two quantized weights' scales in the graph; the check must refuse what the ONNX checker accepts."""
+    import onnx
+    from accuquant.calibrate.trajectory import simulate
+    from onnx import numpy_helper
+
+    request = request_for()
+    prepared = prepare(request)
+    build(request, prepared, quiet)
+    broken = shutil.copy(request.out / "denoiser.onnx", tmp_path / "broken.onnx")
+    model = onnx.load(broken)
+    for tensor in model.graph.initializer:
+        if tensor.name == "down.0.block.0.conv2.weight.scale":
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[::-1] * 3, tensor.name))
+    onnx.save(model, broken)
+    judge = simulate(prepared.model.network, prepared.plan, range(2), prepared.model.sample_shape)
+    with pytest.raises(AccuQuantError, match="not what was calibrated"):
+        check_parity(
+            broken, request.out / "twin.onnx", prepared.model.network, prepared.operators, prepared.plan, judge
+        )
+    assert np.isfinite(tiny_bundle.manifest.quality["sqnr_graph_db"])

@@ -1,0 +1,162 @@
+"""Every rewrite against its own promise, on the tiny U-Net's real graph."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from accuquant.calibrate.families.ddim import role_of
+from accuquant.calibrate.initialise import initialise
+from accuquant.calibrate.layers import quantize_operators
+from accuquant.calibrate.recipe import freeze
+from accuquant.calibrate.scheme import QuantScheme
+from accuquant.calibrate.trace import trace
+from accuquant.calibrate.trajectory import simulate
+from accuquant.export.graph import operator_nodes, save_graph, trace_float
+from accuquant.export.lower import lower
+from accuquant.export.passes.group_norm_affine import group_norm_affine
+from accuquant.export.passes.insert_qdq import insert_qdq
+from accuquant.export.passes.store_weights import store_weights
+from accuquant.export.verify import check_graph, sqnr
+from accuquant.runtime.engines.base import EngineOptions
+from accuquant.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from accuquant.runtime.errors import AccuQuantError
+
+
+class Lowered:
+    """The tiny U-Net with scales from data, its recipe and its float graph."""
+
+    def __init__(self, tiny, **scheme):
+        self.network = tiny.unet()
+        plan = trace("ddim", tiny.NOISE_SCHEDULE, 4)
+        self.teacher = simulate(self.network, plan, range(4), tiny.SHAPE)
+        self.plan = plan
+        self.scheme = QuantScheme(**scheme)
+        self.operators = quantize_operators(self.network, self.scheme, role_of)
+        initialise(self.network, self.operators, plan, self.teacher, "mse")
+        self.recipe = freeze(self.operators, self.scheme, {})
+        self.graph = trace_float(self.network, self.operators, tiny.SHAPE)
+
+    def run(self, model, path, exact=True):
+        save_graph(model, path)
+        check_graph(path)
+        x = self.teacher.states[1].numpy()
+        t = np.full(len(x), self.plan.steps[1].timestep, np.float32)
+        engine = OnnxRuntimeEngine(path, EngineOptions(batch=len(x)), exact=exact)
+        return engine.run({"x": x, "t": t})
+
+    def torch_output(self, active):
+        from accuquant.calibrate.layers import quantization
+        from accuquant.calibrate.trajectory import call
+
+        with torch.no_grad(), quantization(self.operators, active):
+            return call(self.network, self.plan, 1, self.teacher.states[1]).numpy()
+
+
+def copy(model):
+    return ir.from_proto(ir.to_proto(model))
+
+
+@pytest.fixture(scope="module")
+def w4a8(tiny):
+    return Lowered(tiny, weight_bits=4, activation_bits=8)
+
+
+def test_every_operator_has_exactly_one_node_of_its_name(w4a8):
+    nodes = operator_nodes(w4a8.graph)
+    assert set(w4a8.operators) <= set(nodes)
+    kinds = {"conv": {"Conv"}, "linear": {"Gemm", "MatMul"}, "matmul": {"MatMul"}}
+    for name, operator in w4a8.operators.items():
+        assert nodes[name].op_type in kinds[operator.kind]
+
+
+def test_float_graph_is_the_network(w4a8, tmp_path):
+    out = w4a8.run(copy(w4a8.graph), tmp_path / "float.onnx")
+    # float32 in another order of summation
+    np.testing.assert_allclose(out, w4a8.torch_output(active=False), atol=2e-5)
+
+
+def test_group_norm_affine_equals_group_norm(w4a8, tmp_path):
+    model = copy(w4a8.graph)
+    before = w4a8.run(copy(model), tmp_path / "before.onnx")
+    count = sum(node.op_type == "GroupNormalization" for node in model.graph)
+    assert group_norm_affine(model) == count > 0
+    assert not any(node.op_type == "GroupNormalization" for node in model.graph)
+    np.testing.assert_allclose(w4a8.run(model, tmp_path / "after.onnx"), before, atol=2e-5)
+
+
+def test_weights_are_stored_as_the_recipe_has_them(w4a8):
+    model = copy(w4a8.graph)
+    assert store_weights(model, w4a8.recipe) == len(w4a8.recipe.codes)
+    nodes = operator_nodes(model)
+    for name, codes in w4a8.recipe.codes.items():
+        parent = nodes[name].inputs[1].producer()
+        assert parent.op_type == "DequantizeLinear"
+        stored = parent.inputs[0].const_value
+        bits = w4a8.recipe.facts.operators[name].weight_bits
+        assert stored.dtype == (ir.DataType.INT4 if bits <= 4 else ir.DataType.INT8)
+        assert stored.nbytes == (codes.numel() + 1) // 2 if bits <= 4 else codes.numel()
+        values = stored.numpy().astype(np.int8)
+        np.testing.assert_array_equal(values if nodes[name].op_type != "MatMul" else values.T, codes.numpy())
+    # No float copy of a quantized weight may stay behind in the file.
+    assert not any(name.removesuffix(".weight") in w4a8.recipe.codes for name in model.graph.initializers)
+
+
+def test_only_operator_inputs_get_quantizers(w4a8):
+    model = copy(w4a8.graph)
+    insert_qdq(model, w4a8.recipe)
+    nodes = operator_nodes(model)
+    for name, operator in w4a8.recipe.facts.operators.items():
+        for index, facts in enumerate(operator.inputs):
+            dequantize = nodes[name].inputs[index].producer()
+            assert dequantize.op_type == "DequantizeLinear"
+            scale = dequantize.inputs[1].const_value.numpy()
+            assert scale.shape == ()  # TensorRT quietly runs in float otherwise
+            assert scale.dtype == np.float32
+            assert dequantize.inputs[2].const_value.numpy() == facts.zero_point
+    targets = {use.node.name for n in model.graph if n.op_type == "DequantizeLinear" for use in n.outputs[0].uses()}
+    assert targets == set(w4a8.operators)
+
+
+@pytest.mark.parametrize(
+    ("bits", "target"), [((8, 8), "cpu"), ((4, 8), "cpu"), ((4, 6), "cpu"), ((8, 8), "tensorrt"), ((4, 4), "tensorrt")]
+)
+def test_lowered_graph_computes_what_the_simulation_computes(tiny, tmp_path, bits, target):
+    lowered = Lowered(tiny, weight_bits=bits[0], activation_bits=bits[1], target=target)
+    quantized, twin = lower(lowered.graph, lowered.recipe, lowered.scheme.target)
+    fp, simulation = lowered.torch_output(active=False), lowered.torch_output(active=True)
+    out = lowered.run(quantized, tmp_path / "q.onnx")
+    np.testing.assert_allclose(lowered.run(twin, tmp_path / "t.onnx"), fp, atol=2e-5)
+    # Rounding flips spread, so the two executions are held against full precision, not against each other.
+    assert sqnr(fp, out) == pytest.approx(sqnr(fp, simulation), abs=0.5)
+    assert sqnr(simulation, out) > sqnr(fp, simulation) + 3
+
+
+def test_six_bit_activations_stay_on_their_grid(tiny):
+    lowered = Lowered(tiny, weight_bits=4, activation_bits=6)
+    quantized, _ = lower(lowered.graph, lowered.recipe, "cpu")
+    nodes = operator_nodes(quantized)
+    body = next(n for n, o in lowered.recipe.facts.operators.items() if o.role == "body")
+    quantize = nodes[body].inputs[0].producer().inputs[0].producer()
+    clip = quantize.inputs[0].producer()
+    assert clip.op_type == "Clip"
+    facts = lowered.recipe.facts.operators[body].inputs[0]
+    low, high = (clip.inputs[i].const_value.numpy() for i in (1, 2))
+    codes = [round(float(v) / facts.scale) + facts.zero_point for v in (low, high)]
+    assert codes == [0, 63]
+
+
+def test_recipe_of_another_network_is_refused_by_layer_name(w4a8):
+    model = copy(w4a8.graph)
+    operator_nodes(model)["conv_out"].name = "renamed"
+    with pytest.raises(AccuQuantError, match="conv_out"):
+        store_weights(model, w4a8.recipe)
+    with pytest.raises(AccuQuantError, match="conv_out"):
+        insert_qdq(model, w4a8.recipe)
+
+
+def test_weight_of_another_shape_is_refused(w4a8):
+    model = copy(w4a8.graph)
+    wrong = dict(w4a8.recipe.codes) | {"conv_in": torch.zeros(3, 1, 3, 3, dtype=torch.int8)}
+    recipe = type(w4a8.recipe)(w4a8.recipe.facts, wrong, w4a8.recipe.scales)
+    with pytest.raises(AccuQuantError, match=r"conv_in.*\(3, 1, 3, 3\)"):
+        store_weights(model, recipe)
