@@ -5,7 +5,6 @@ refused, not trusted.
 """
 
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,6 @@ def read_checkpoint(path: Path) -> Any:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise AccuQuantError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
-    with path.open("rb") as opened:
-        magic = opened.read(4)
-    if magic == b"PK\x03\x04" and not zipfile.is_zipfile(path):
-        raise AccuQuantError(f"{path} is cut off: a torch archive of {size:,} bytes without its end; copy it again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -47,4 +42,14 @@ def read_checkpoint(path: Path) -> Any:
             "never does; save its state dict alone, as .safetensors or with torch.save, and use that"
         ) from error
     except Exception as error:  # damaged archives and pickles fail in every way there is
-        raise AccuQuantError(f"{path} is damaged or not a torch checkpoint ({type(error).__name__})") from error
+        problem = "cut off" if _is_cut_archive(path) else "damaged, or not a torch checkpoint"
+        raise AccuQuantError(f"{path} is {problem} ({size:,} bytes, {type(error).__name__}); copy it again") from error
+
+
+def _is_cut_archive(path: Path) -> bool:
+    """A file that begins as torch's zip archive and lacks the directory at its end."""
+    with path.open("rb") as opened:
+        if opened.read(4) != b"PK\x03\x04":
+            return False
+        opened.seek(max(0, path.stat().st_size - 65_557))  # the longest an end record can be
+        return b"PK\x05\x06" not in opened.read()

@@ -176,6 +176,11 @@ def test_steps_out_of_range_are_refused(name, steps):
 @pytest.mark.parametrize("steps", [1, 2, 3, 1000])
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "dpm++2m"])
 def test_the_ends_of_the_allowed_range_give_a_plan(name, steps):
+    if (name, steps) == ("dpm++2m", 1000):
+        # diffusers divides by a log-SNR difference of zero here; a plan of NaNs must not come out.
+        with pytest.raises(AccuQuantError, match="not finite"):
+            trace(name, SCHEDULE, steps)
+        return
     assert len(trace(name, SCHEDULE, steps)) == steps
 
 
