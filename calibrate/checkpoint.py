@@ -52,4 +52,6 @@ def _is_cut_archive(path: Path) -> bool:
         if opened.read(4) != b"PK\x03\x04":
             return False
         opened.seek(max(0, path.stat().st_size - 65_557))  # the longest an end record can be
-        return b"PK\x05\x06" not in opened.read()
+        tail = opened.read()
+        record = tail.rfind(b"PK\x05\x06")
+        return record < 0 or len(tail) - record < 22

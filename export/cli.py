@@ -82,7 +82,7 @@ def _summary(request: Request, result: Result) -> Table:
     table = Table(title=f"{request.checkpoint.name} at {manifest.scheme}", show_header=False)
     table.add_column(style="bold")
     table.add_column()
-    sizes = {side: result.bundle.weight_bytes(side) for side in ("twin", "denoiser")}  # type: ignore[arg-type]
+    sizes = {side: result.bundle.weight_bytes(side) for side in ("twin", "denoiser")}
     table.add_row(
         "graph on disk",
         f"{sizes['denoiser'] / 2**20:.2f} MiB, {sizes['twin'] / sizes['denoiser']:.1f}x smaller than fp32 "

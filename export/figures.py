@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -21,7 +22,7 @@ SHEET_PIXELS = 700  # width of a sheet: twice what the page gives it, for dense 
 MOST_COLUMNS, MOST_PIXELS = 8, 1024  # before enlarging; large pictures are shown in smaller number instead of shrunk
 
 # A fixed salt gives the same facts the same bytes.
-STYLE = {"svg.hashsalt": "accuquant", "svg.fonttype": "path"}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "accuquant", "svg.fonttype": "path"}
 
 
 def shown_columns(pictures: np.ndarray) -> int:

@@ -1,0 +1,57 @@
+"""The bundled, trained model, the whole way: the numbers a newcomer is promised.
+
+Quick presets and few seeds: what is asserted here are floors well below what the default preset reaches, on
+pictures that no calibration saw. The full measurement is `tools/compare_methods.py`.
+"""
+
+from pathlib import Path
+
+import pytest
+from accuquant.calibrate.families import load_model
+from accuquant.calibrate.scheme import QuantScheme
+from accuquant.calibrate.spec import PRESETS, CalibrationSpec
+from accuquant.export.build import Request, build, prepare
+
+CHECKPOINT = Path(__file__).parents[2] / "tools" / "reference" / "fashion-ddim.ckpt"
+
+
+def test_checkpoint_is_recognised_and_small():
+    model = load_model(CHECKPOINT)
+    assert model.family == "ddim"
+    assert model.sample_shape == (1, 28, 28)
+    assert 2e6 < sum(p.numel() for p in model.network.parameters()) < 4e6
+    assert CHECKPOINT.stat().st_size < 10e6
+
+
+@pytest.fixture(scope="module", params=[(8, 8), (4, 8)], ids=["w8a8", "w4a8"])
+def result(request, tmp_path_factory):
+    weight_bits, activation_bits = request.param
+    asked = Request(
+        checkpoint=CHECKPOINT,
+        out=tmp_path_factory.mktemp("reference") / "bundle",
+        scheme=QuantScheme(weight_bits=weight_bits, activation_bits=activation_bits),
+        spec=CalibrationSpec(**PRESETS["smoke"]),
+        pictures=16,
+    )
+    return build(asked, prepare(asked), lambda *_: None)
+
+
+def test_pictures_stay_the_same(result):
+    floor = {"W8A8": 30.0, "W4A8": 20.0}[result.bundle.manifest.scheme]
+    assert result.comparison.psnr.mean() > floor
+
+
+def test_every_operator_runs_in_integers(result):
+    ran = result.comparison.runs_as
+    assert ran.keys() == result.bundle.manifest.operators.keys()
+    assert set(ran.values()) <= {"i8", "u8"}
+
+
+def test_the_bundle_is_as_small_as_its_bits(result):
+    bundle = result.bundle
+    share = bundle.weight_bytes("denoiser") / bundle.weight_bytes("twin")
+    assert share < {"W8A8": 0.33, "W4A8": 0.20}[bundle.manifest.scheme]
+
+
+def test_calibration_never_ends_worse_than_it_began(result):
+    assert result.outcome.best <= result.outcome.initial

@@ -1,0 +1,72 @@
+"""Rules of the house that no other test would notice being broken."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("calibrate", "export", "runtime")
+SOURCES = [p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported(path):
+    """Top-level names of absolute imports, and the package that each relative import reaches."""
+    depth = len(path.relative_to(ROOT).parts) - 1
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0:
+                yield (node.module or "").split(".")[0]
+            elif node.level == depth + 1:
+                yield f"accuquant.{(node.module or '').split('.')[0]}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    package = path.relative_to(ROOT).parts[0]
+    names = set(imported(path))
+    assert "accuquant" not in names, "inside the package imports are relative"
+    forbidden = {
+        "runtime": {"torch", "onnx", "onnx_ir", "diffusers", "accuquant.calibrate", "accuquant.export"},
+        "calibrate": {"onnx", "onnx_ir", "accuquant.export"},
+        "export": set(),
+    }[package]
+    assert not names & forbidden
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_modules_say_what_they_are_and_stay_small(path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), "a module begins with what it is about"
+    assert len(text.splitlines()) <= 400
+
+
+def test_only_commands_print():
+    printing = {
+        p.relative_to(ROOT).as_posix() for p in SOURCES if re.search(r"(?<![\w.])print\(|console\.print", p.read_text())
+    }
+    assert printing <= {"export/cli.py", "runtime/cli_sample.py", "runtime/cli_bench.py", "runtime/console.py"}
+
+
+def test_no_pickle_is_ever_executed():
+    for path in [*SOURCES, *sorted((ROOT / "tools").glob("*.py"))]:
+        text = path.read_text()
+        assert "weights_only=False" not in text
+        for call in re.findall(r"torch\.load\(.*", text):
+            assert "weights_only=True" in call, path
+
+
+def test_every_package_is_installed():
+    """The wheel's package list is written by hand, since the root is the package."""
+    import tomllib
+
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {"accuquant"} | {
+        "accuquant." + p.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for package in PACKAGES
+        for p in (ROOT / package).rglob("__init__.py")
+    }
+    assert listed == found
