@@ -17,7 +17,7 @@ from .initialise import initialise
 from .journal import Journal, Snapshot, pack_optimizer, unpack_optimizer
 from .layers import QuantizedOperator, fast_compute, quantization
 from .multistep import Group, GroupBatch, accumulate_gradient, cut, history_needed, select
-from .rounding import WeightQuantizer, annealed_beta
+from .rounding import annealed_beta, training_codes
 from .spec import CalibrationSpec
 from .trajectory import Trajectory, simulate, step_noise
 
@@ -165,7 +165,7 @@ class _Learner:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
         self.optimizer.zero_grad(set_to_none=True)
         chosen = self._group(iteration)
-        with quantization(self.operators, True, self.compute), _soft(self.weights):
+        with quantization(self.operators, True, self.compute), training_codes(self.weights):
             loss = accumulate_gradient(self.network, self.plan, chosen, self._batch(iteration, chosen), spec.gradient)
         if spec.rounding == "adaround" and math.isfinite(beta := annealed_beta(progress)):
             for weight in self.weights:
@@ -204,18 +204,3 @@ class _Learner:
             },
             noise=lambda j: step_noise(seeds, j, shape, self.device),
         )
-
-
-class _soft:  # noqa: N801 - reads as the context it is
-    """AdaRound's soft weights within the block, hard ones outside."""
-
-    def __init__(self, weights: list[WeightQuantizer]) -> None:
-        self.weights = weights
-
-    def __enter__(self) -> None:
-        for weight in self.weights:
-            weight.soft = True
-
-    def __exit__(self, *_: object) -> None:
-        for weight in self.weights:
-            weight.soft = False

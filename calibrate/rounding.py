@@ -13,6 +13,8 @@ the two neighbours of w / s, and both start at rounding to nearest.
 """
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -38,6 +40,7 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("scale", torch.ones(weight.shape[0], *[1] * (weight.ndim - 1)))
         self.choice: nn.Parameter | None = None
         self.soft = False  # AdaRound only: train on the soft weights, deploy the hard ones
+        self._shared: Tensor | None = None
 
     def set_scale(self, scale: Tensor) -> None:
         self.scale.copy_(scale)
@@ -57,6 +60,9 @@ class WeightQuantizer(nn.Module):
         self.choice = nn.Parameter(start)
 
     def forward(self) -> Tensor:
+        return self._codes_with_gradient() if self._shared is None else self._shared
+
+    def _codes_with_gradient(self) -> Tensor:
         v = self.weight / self.scale
         if self.rounding == "adaround" and self.soft:
             codes = v.floor() + self._h()
@@ -92,6 +98,29 @@ class WeightQuantizer(nn.Module):
         """Keep the offset within its half code, so that only the two neighbours can be chosen."""
         if self.rounding == "offset" and self.choice is not None:
             self.choice.clamp_(-0.5, 0.5)
+
+
+@contextmanager
+def training_codes(weights: Iterable[WeightQuantizer]) -> Iterator[None]:
+    """Within the block, weights are quantized once instead of at every network call, and soft if they are AdaRound's.
+
+    The calls' gradients gather on the codes; leaving the block carries their sum on to the rounding variables.
+    """
+    learning = [w for w in weights if w.choice is not None]
+    codes = []
+    for weight in learning:
+        weight.soft = True
+        codes.append(weight._codes_with_gradient())
+        weight._shared = codes[-1].detach().requires_grad_()
+    try:
+        yield
+        for weight, code in zip(learning, codes, strict=True):
+            assert weight._shared is not None
+            if weight._shared.grad is not None:
+                code.backward(weight._shared.grad)
+    finally:
+        for weight in learning:
+            weight.soft, weight._shared = False, None
 
 
 def annealed_beta(progress: float, warmup: float = 0.2) -> float:

@@ -21,14 +21,14 @@ class CalibrationSpec(BaseModel):
     group: int = Field(5, ge=1, description="M, the sampling steps that are simulated before the loss is taken")
     gradient: Gradient = "exact"
     rounding: Rounding = "offset"
-    iterations: int = Field(300, ge=0)
-    batch: int = Field(16, ge=1, description="trajectories per iteration")
+    iterations: int = Field(200, ge=0)
+    batch: int = Field(8, ge=1, description="trajectories per iteration")
     trajectories: int = Field(64, ge=1)
     held_out: int = Field(16, ge=1, description="trajectories that only judge")
     checks: int = Field(4, ge=1, description="how often the held-out trajectories are sampled to the end")
     scale_rate: float = Field(2e-3, gt=0, description="Adam's step for log scales")
     zero_point_rate: float = Field(0.05, gt=0, description="Adam's step for zero points, in codes")
-    rounding_rate: float = Field(2e-2, gt=0, description="Adam's step for the rounding variables")
+    rounding_rate: float = Field(5e-3, gt=0, description="Adam's step for the rounding variables")
     rounding_weight: float = Field(1e-2, ge=0, description="AdaRound's regulariser, relative to the loss")
     clip_norm: float = Field(1.0, gt=0, description="gradient norm limit, relative to its running mean")
     compute: Literal["auto", "float32"] = Field("auto", description="auto multiplies codes in bfloat16 where native")
@@ -38,5 +38,5 @@ class CalibrationSpec(BaseModel):
 PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
     "smoke": {"iterations": 8, "trajectories": 8, "held_out": 4, "batch": 4, "checks": 1},
     "default": {},
-    "best": {"iterations": 3000, "trajectories": 256, "held_out": 32, "checks": 10},
+    "best": {"iterations": 2000, "batch": 16, "trajectories": 256, "held_out": 32, "checks": 10},
 }

@@ -24,14 +24,14 @@ from accuquant.calibrate.trajectory import Progress, simulate
 from accuquant.runtime.console import bar, command, console, machine_facts
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.files import atomic, sha256, write_text
+from accuquant.runtime.pictures import grid, to_uint8
 from accuquant.runtime.plan import SamplingPlan
 from efficientnet_lite import features, weights_path
 from kid import Kid, kid
-from PIL import Image
 from train_reference import read_idx_images
 
 METRIC = "KID (EfficientNet-Lite0, 96 px)"
-SHEET_ROWS, SHEET_COLUMNS, SHEET_SCALE, SHEET_GAP, SHEET_GREY = 8, 16, 2, 2, 128
+SHEET_ROWS, SHEET_COLUMNS = 8, 16
 
 
 def draw(
@@ -42,7 +42,7 @@ def draw(
     batch: int,
     progress: Progress,
 ) -> np.ndarray:
-    """The pictures of `seeds` as uint8 (N, H, W), grey, or (N, H, W, 3).
+    """The pictures of `seeds` as uint8 (N, H, W, C).
 
     Raises:
         AccuQuantError: values that are not finite.
@@ -61,28 +61,8 @@ def draw(
                 f"seeds {chunk[0]}..{chunk[-1]} end in values that are not finite; check the checkpoint, "
                 "or choose another --sampler"
             )
-        pictures.append(pixels(final))
+        pictures.append(to_uint8(final.numpy()))
     return np.concatenate(pictures)
-
-
-def pixels(latents: torch.Tensor) -> np.ndarray:
-    """Pictures (N, C, H, W) in [-1, 1] as uint8 (N, H, W) where C is 1, else (N, H, W, C)."""
-    scaled = ((latents.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return (scaled[:, 0] if scaled.shape[1] == 1 else scaled.permute(0, 2, 3, 1)).numpy()
-
-
-def sheet(pictures: np.ndarray) -> Image.Image:
-    """The first 8 x 16 of uint8 pictures (N, H, W) or (N, H, W, 3), enlarged twice, grey between them."""
-    shown = pictures[: SHEET_ROWS * SHEET_COLUMNS].repeat(SHEET_SCALE, axis=1).repeat(SHEET_SCALE, axis=2)
-    height, width = (size + SHEET_GAP for size in shown.shape[1:3])
-    rows = -(-len(shown) // SHEET_COLUMNS)
-    size = (rows * height + SHEET_GAP, SHEET_COLUMNS * width + SHEET_GAP, *shown.shape[3:])
-    canvas = np.full(size, SHEET_GREY, np.uint8)
-    for i, picture in enumerate(shown):
-        row, column = divmod(i, SHEET_COLUMNS)
-        top, left = SHEET_GAP + row * height, SHEET_GAP + column * width
-        canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    return Image.fromarray(canvas)
 
 
 def real_pictures(data: Path, split: str, n: int, seed: int) -> np.ndarray:
@@ -139,10 +119,10 @@ def evaluate(
         samples = draw(model.network, plan, seeds, model.sample_shape, batch, stage("sampling"))
         sampled = time.perf_counter()
         with atomic(out / "samples.png") as part:
-            sheet(samples).save(part, format="PNG")
+            grid(samples[: SHEET_ROWS * SHEET_COLUMNS], columns=SHEET_COLUMNS).save(part, format="PNG")
         of_test, of_train, of_samples = (
             features(images, progress=stage(f"features of {name}"))
-            for name, images in (("test", test), ("train", train), ("samples", samples))
+            for name, images in (("test", test), ("train", train), ("samples", samples[..., 0]))
         )
     score, floor = (kid(found, of_test, seed=seed) for found in (of_samples, of_train))
     ended = time.perf_counter()

@@ -1,0 +1,112 @@
+"""Draw the README's results and the model card from measured JSON; no number in either is typed by hand.
+
+python tools/publish.py            # rewrites README.md between its markers, and tools/reference/MODEL_CARD.md
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import typer
+
+ROOT = Path(__file__).parents[1]
+RESULTS, REFERENCE = ROOT / "tools" / "results", ROOT / "tools" / "reference"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def machine(facts: dict[str, str]) -> str:
+    return f"{facts['cpu']}, {facts['cores']} cores ({facts['instructions']}), {facts['memory']}"
+
+
+def methods_table(report: dict[str, Any]) -> str:
+    """Calibration methods side by side, as markdown."""
+    lines = [
+        "| calibration | M | iterations | PSNR to fp, mean (p10) | SSIM | calibration |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in report["rows"]:
+        learned = row["iterations"] > 0
+        lines.append(
+            f"| {row['method']} | {row['group'] if learned else '-'} | {row['iterations'] if learned else '-'} "
+            f"| {row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB | {row['ssim_mean']:.4f} | {row['seconds']:.0f} s |"
+        )
+    bits = report["scheme"]
+    name = f"W{bits['weight_bits']}A{bits['activation_bits']}"
+    caption = f"{name}, {report['checkpoint']}, n = {report['n']} held-out seeds, sampled on the int8 engine; {machine(report['machine'])}."
+    return "\n".join([*lines, "", caption])
+
+
+def bench_table(report: dict[str, Any]) -> str:
+    """fp32 against int of one interleaved run, as markdown."""
+    lines = ["| batch | fp32 step | int step | speed-up |", "|---:|---:|---:|---:|"]
+    for row in report["results"]:
+        fp, quantized = (row["step_seconds"][side]["median"] * 1e3 for side in ("twin", "denoiser"))
+        lines.append(f"| {row['batch']} | {fp:.2f} ms | {quantized:.2f} ms | {row['step_speedup']:.2f}x |")
+    sizes = report["bytes"]
+    caption = (
+        f"{report['scheme']} on {report['results'][0]['engine']}, medians of "
+        f"{report['results'][0]['step_seconds']['twin']['n']} interleaved steps; graphs on disk "
+        f"{sizes['twin'] / 2**20:.2f} MiB (fp32) and {sizes['denoiser'] / 2**20:.2f} MiB; {machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def readme_results() -> str:
+    parts = [
+        "| full precision | W4A8, integer kernels |",
+        "|---|---|",
+        "| ![64 garments sampled in full precision](tools/results/fp.png) "
+        "| ![the same 64 seeds on integer kernels](tools/results/int.png) |",
+        "",
+    ]
+    for path in sorted(RESULTS.glob("methods-*.json")):
+        parts += [methods_table(json.loads(path.read_text())), ""]
+    for path in sorted(RESULTS.glob("bench-*.json")):
+        parts += [bench_table(json.loads(path.read_text())), ""]
+    return "\n".join(parts)
+
+
+def model_card() -> str:
+    facts = json.loads((REFERENCE / "fashion-ddim.json").read_text())
+    quality = json.loads((REFERENCE / "kid.json").read_text())
+    return f"""# fashion-ddim
+
+A pixel-space DDPM U-Net, {facts["parameters"] / 1e6:.2f} M parameters, 28x28 grey, in the layout of ermongroup/ddim: the
+model that AccuQuant's demo and tests quantize. `fashion-ddim.ckpt` is the flat EMA state dict in half precision,
+`fashion-ddim.yml` its configuration.
+
+| | |
+|---|---|
+| data | {facts["data"]} |
+| images seen | {facts["images_seen"]:,} |
+| objective | noise prediction, linear betas 1e-4..0.02, 1000 timesteps, min-SNR weighting (5), bfloat16 autocast |
+| seed | {facts["seed"]} |
+| last command | `{facts["command"]}` (earlier parts were stopped and resumed) |
+| wall time | {facts["wall_seconds"] / 60:.0f} min in all, shared with other work, on {facts["device"]} |
+| {quality["metric"]} | {score(quality)}, n = {quality["n"]} samples against as many of the test split |
+| its floor | {score(quality["floor"])}, training split against test split, same n |
+| sampler | {quality["sampler"]}, {quality["steps"]} steps, seeds from {quality["seed"]} |
+
+KID is measured on features of an ImageNet EfficientNet-Lite0 and is comparable with nothing but itself.
+
+![samples](samples.png)
+
+Intended use: a small real model to calibrate, export and test with. It draws garments and nothing else.
+"""
+
+
+def score(kid: dict[str, float]) -> str:
+    return f"{kid['kid'] * 1e3:.1f} ± {kid['standard_error'] * 1e3:.1f} (x 1000)"
+
+
+def main() -> None:
+    """Rewrite README.md's results block and the model card."""
+    readme = (ROOT / "README.md").read_text()
+    block = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    (ROOT / "README.md").write_text(block.sub(lambda _: f"{BEGIN}\n{readme_results()}{END}", readme))
+    (REFERENCE / "MODEL_CARD.md").write_text(model_card())
+
+
+if __name__ == "__main__":
+    typer.run(main)
