@@ -33,7 +33,8 @@ def methods_table(report: dict[str, Any]) -> str:
         )
     bits = report["scheme"]
     name = f"W{bits['weight_bits']}A{bits['activation_bits']}"
-    caption = f"{name}, {report['checkpoint']}, n = {report['n']} held-out seeds, sampled on the int8 engine; {machine(report['machine'])}."
+    seeds, where = f"n = {report['n']} held-out seeds", machine(report["machine"])
+    caption = f"{name}, {report['checkpoint']}, {seeds}, sampled on the int8 engine; {where}."
     return "\n".join([*lines, "", caption])
 
 
@@ -72,8 +73,8 @@ def model_card() -> str:
     quality = json.loads((REFERENCE / "kid.json").read_text())
     return f"""# fashion-ddim
 
-A pixel-space DDPM U-Net, {facts["parameters"] / 1e6:.2f} M parameters, 28x28 grey, in the layout of ermongroup/ddim: the
-model that AccuQuant's demo and tests quantize. `fashion-ddim.ckpt` is the flat EMA state dict in half precision,
+A pixel-space DDPM U-Net, {facts["parameters"] / 1e6:.2f} M parameters, 28x28 grey, in the layout of ermongroup/ddim:
+the model that AccuQuant's demo and tests quantize. `fashion-ddim.ckpt` is the flat EMA state dict in half precision,
 `fashion-ddim.yml` its configuration.
 
 | | |
