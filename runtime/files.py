@@ -23,6 +23,7 @@ def atomic(path: Path) -> Iterator[Path]:
         yield part
         with part.open("rb") as written:
             os.fsync(written.fileno())
+        os.chmod(part, 0o666 & ~_umask())  # some libraries write files that only their owner may read
         os.replace(part, path)
     except OSError as error:
         where = path.parent if path.parent.exists() else Path.cwd()
@@ -44,6 +45,13 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     with atomic(path) as part:
         part.write_bytes(data)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 @contextmanager

@@ -3,9 +3,9 @@
     L = E_{x0, t, eps}  w_t || eps - UNet(sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, t) ||^2
     w_t = clamp(SNR_t, 0.02, 5) / SNR_t
 
-with SNR_t = abar_t / (1 - abar_t): Ho et al. 2020, eq. 14, weighted. The upper bound is that of Hang et al. 2023 and lets a
-short training spend its gradients on the noise levels that shape the picture. The lower one holds on to the steps near
-pure noise: an error of a percent in the predicted noise there grows along the whole chain.
+with SNR_t = abar_t / (1 - abar_t): Ho et al. 2020, eq. 14, weighted. The upper bound is that of Hang et al. 2023: a
+short training then spends its gradients on the noise levels that shape the picture. The lower one holds on to the steps
+near pure noise, where an error of a percent in the prediction grows along the whole chain.
 
 Two files come out. `ckpt.pth` is the repository's five-item training list [model, optimizer, epoch, step, ema], written
 atomically every few hundred steps, from which `--resume` goes on. `<name>.ckpt` is the flat EMA state dict that people
