@@ -49,14 +49,14 @@ def difference(fp: np.ndarray, quantized: np.ndarray) -> tuple[np.ndarray, int]:
     return np.minimum(apart * gain, 255).astype(np.uint8), gain
 
 
-def histogram(values: Sequence[float], title: str, unit: str) -> str:
-    """How many pictures fall where, with the mean marked; an SVG data URI."""
+def histogram(values: Sequence[float], title: str, unit: str, form: str) -> str:
+    """How many pictures fall where, with the mean marked (written in format `form`); an SVG data URI."""
     figure, axes = _axes(title, unit, "pictures")
     kept = np.array([v for v in values if np.isfinite(v)])
     if kept.size:
         bins = int(np.clip(2.0 * np.sqrt(kept.size), 5, 24))
         axes.hist(kept, bins=bins, color=MAIN, edgecolor="white", linewidth=0.8)
-        axes.axvline(float(kept.mean()), color=MARK, linewidth=1.6, label=f"mean {kept.mean():.4g}")
+        axes.axvline(float(kept.mean()), color=MARK, linewidth=1.6, label=f"mean {kept.mean():{form}}")
         _legend(axes)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_locator(MaxNLocator(6))

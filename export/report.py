@@ -96,9 +96,10 @@ def write_report(folder: Path, facts: ReportFacts, fp: np.ndarray, quantized: np
     if fp.shape != quantized.shape:
         raise AccuQuantError(f"the report compares pictures pairwise, but got {fp.shape} and {quantized.shape}")
     page = folder / "index.html"
-    write_text(folder / "report.json", facts.model_dump_json(indent=1) + "\n")
     # ASCII with character references: the page is the same under every locale's encoding.
-    write_text(page, _page(facts, fp, quantized).encode("ascii", "xmlcharrefreplace").decode())
+    text = _page(facts, fp, quantized).encode("ascii", "xmlcharrefreplace").decode()
+    write_text(folder / "report.json", facts.model_dump_json(indent=1) + "\n")
+    write_text(page, text)
     return page
 
 
@@ -160,15 +161,15 @@ def _plots(facts: ReportFacts) -> str:
     capped = sum(v >= PSNR_CAP for v in facts.psnr)
     plots = [
         _figure(
-            figures.histogram(facts.psnr, f"PSNR, {n}", "dB"),
+            figures.histogram(facts.psnr, f"PSNR, {n}", "dB", ".2f"),
             f"Histogram of PSNR, {n}",
             f"{_spread(facts.psnr, '.2f', ' dB')}. Higher is better; capped at {PSNR_CAP:g} dB"
             + (f", which {capped} of {facts.n} reach." if capped else "."),
         ),
         _figure(
-            figures.histogram(facts.ssim, f"SSIM, {n}", "SSIM"),
+            figures.histogram(facts.ssim, f"SSIM, {n}", "SSIM", ".4f"),
             f"Histogram of SSIM, {n}",
-            f"{_spread(facts.ssim, '.4f')}. 1 is identical; 11 &times; 11 Gaussian window.",
+            f"{_spread(facts.ssim, '.4f')}. 1 is identical (Wang et al., 2004).",
         ),
     ]
     if facts.drift:
@@ -215,20 +216,17 @@ def _sizes(sizes: Mapping[str, int]) -> str:
         pair = name.replace("quantized", "fp32") if name.startswith("weights") else "fp32 graph"
         before = sizes.get(pair, 0) if "quantized" in name else 0
         rows.append((escape(SIZE_NAMES.get(name, name)), _bytes(size), _smaller(before, size) if before else ""))
-    return _table("Size", ("", "bytes", "against fp32"), rows)
+    return _table("Size", ("", "size", "against fp32"), rows)
 
 
 def _times(facts: ReportFacts) -> str:
     """Times, and the ratio of both samplings: only a pair measured in the same run may be compared."""
     fp, rows = facts.times.get("fp sampling"), []
     for name, seconds in facts.times.items():
-        note = ""
+        note = f"{facts.n} pictures" if name.endswith("sampling") else ""
         if name == "int sampling" and fp:
-            note = f"{seconds / fp:.2f}&times; fp, measured in the same run"
-        of = f", {facts.n} pictures" if name.endswith("sampling") else ""
-        rows.append(
-            (escape(name.capitalize().replace("Fp ", "fp32 ").replace("Int ", "int ") + of), _time(seconds), note)
-        )
+            note = f"{seconds / fp:.2f}&times; fp32, measured in the same run"
+        rows.append((escape(TIME_NAMES.get(name, name)), _time(seconds), note))
     return _table("Time on this machine", ("", "wall clock", ""), rows)
 
 
@@ -255,7 +253,9 @@ def _counted(layers: Sequence[LayerRow]) -> str:
     """How many operators there are at each precision, and in which precisions the engine runs them."""
     stored = Counter((row.weight_bits, row.weight_container) for row in layers)
     kinds = [
-        f"{count} with {bits}-bit weights ({escape(container)})" if bits else f"{count} products of activations"
+        f"{count} with {bits}-bit weights ({escape(container)})"
+        if bits
+        else f"{count} product{'s' * (count > 1)} of activations"
         for (bits, container), count in sorted(stored.items(), key=lambda item: item[0][0] or 99)
     ]
     text = f"<b>{len(layers)} quantized operators</b>: {', '.join(kinds)}."
@@ -340,6 +340,13 @@ SIZE_NAMES = {
     "weights quantized": "The same weights, as stored",
 }
 
+TIME_NAMES = {
+    "calibration": "Calibration",
+    "export": "Export",
+    "fp sampling": "Sampling, fp32 twin",
+    "int sampling": "Sampling, quantized",
+}
+
 CSS = """
 :root { color-scheme: light; --ink: #1f2933; --muted: #667380; --rule: #dde3e9; --main: #2f6690; --soft: #f5f7f9; }
 * { box-sizing: border-box; }
@@ -363,6 +370,7 @@ caption { padding-bottom: 6px; text-align: left; font-weight: 600; }
 th { color: var(--muted); font-size: 12.5px; font-weight: 500; text-align: left; white-space: nowrap; }
 th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--rule); }
 .facts th:nth-child(2), .facts td:nth-child(2) { text-align: right; white-space: nowrap; }
+.facts td:first-child { white-space: nowrap; }
 .facts td:nth-child(3) { color: var(--muted); font-size: 13.5px; }
 .scroll { max-height: 560px; overflow: auto; border: 1px solid var(--rule); border-radius: 6px; }
 .layers { font-size: 13px; }
@@ -381,6 +389,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
   main { padding: 20px 16px 32px; }
   h1 { font-size: 23px; }
   .lead { font-size: 16px; }
+  .facts td:first-child { white-space: normal; }
   .trio, .pair, footer { grid-template-columns: minmax(0, 1fr); }
 }
 @media print { .scroll { max-height: none; overflow: visible; border: 0; } }

@@ -60,6 +60,7 @@ def main(
     bits: Annotated[str, typer.Option()] = "4/8",
     out: Annotated[Path, typer.Option()] = Path("build/methods.json"),
     target: Annotated[str, typer.Option()] = "cpu",
+    sampler: Annotated[str, typer.Option(help="The family's own if left out.")] = "",
     n: Annotated[int, typer.Option(help="Held-out seeds compared.")] = 256,
     only: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "min-max,mse,per-step,multi-step",
     set_: Annotated[list[str], typer.Option("--set", help="Calibration setting, such as group=10.")] = [],  # noqa: B006
@@ -75,7 +76,7 @@ def main(
         if name not in only.split(","):
             continue
         model = load_model(checkpoint)
-        plan = trace(model.default_sampler, model.noise_schedule, model.default_steps)
+        plan = trace(sampler or model.default_sampler, model.noise_schedule, model.default_steps)
         operators = quantize_operators(model.network, scheme, model.role_of)
         teacher = simulate(
             model.network, plan, range(TEACHER_SEEDS, TEACHER_SEEDS + spec.trajectories), model.sample_shape
@@ -127,6 +128,7 @@ def main(
         "schema_version": 1,
         "checkpoint": checkpoint.name,
         "scheme": scheme.model_dump(),
+        "sampler": sampler or "the family's own",
         "calibration": spec.model_dump(),
         "n": n,
         "seeds": [0, n - 1],

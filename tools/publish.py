@@ -22,7 +22,7 @@ def machine(facts: dict[str, str]) -> str:
 def methods_table(report: dict[str, Any]) -> str:
     """Calibration methods side by side, as markdown."""
     lines = [
-        "| calibration | M | iterations | PSNR to fp, mean (p10) | SSIM | calibration |",
+        "| calibration | M | iterations | PSNR to fp, mean (p10) | SSIM | time |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:
@@ -34,7 +34,9 @@ def methods_table(report: dict[str, Any]) -> str:
     bits = report["scheme"]
     name = f"W{bits['weight_bits']}A{bits['activation_bits']}"
     seeds, where = f"n = {report['n']} held-out seeds", machine(report["machine"])
-    caption = f"{name}, {report['checkpoint']}, {seeds}, sampled on the int8 engine; {where}."
+    caption = (
+        f"{name}, {report['checkpoint']}, {report['sampler']} sampler, {seeds}, sampled on the int8 engine; {where}."
+    )
     return "\n".join([*lines, "", caption])
 
 
