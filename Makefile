@@ -12,9 +12,9 @@ DEMO := demo
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) tools/prerequisites.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install -qq --upgrade pip
+	$(BIN)/pip install -qq torch==2.13.0
+	$(BIN)/pip install -qq --editable '.[dev]'
 	@touch $@
 
 demo: $(VENV)/ready

@@ -58,7 +58,7 @@ def bench(
     console.print(_table(report))
     facts = report["machine"]
     console.print(
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['instructions']}; medians [p10..p90] of {repeats} "  # type: ignore[index]
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['instructions']}; medians \\[p10..p90] of {repeats} "  # type: ignore[index]
         f"interleaved steps, {samples} sampling runs; written to {out}"
     )
 

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .errors import AccuQuantError
 
-console = Console(highlight=False, soft_wrap=True)
+# Piped into a file, tables would be squeezed into 80 columns.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 
 def command(function: Callable[..., None]) -> Callable[[], None]:
