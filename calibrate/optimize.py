@@ -174,11 +174,11 @@ class _Learner:
             now = float(torch.stack([v.grad.norm() for v in self.variables.values() if v.grad is not None]).norm())
             if math.isfinite(now):
                 limit = spec.clip_norm * norm if norm else now
-                if now > 10 * limit > 0:  # a rare outlier; Adam absorbs the rest
+                if now > limit:  # a rare outlier; Adam absorbs the rest
                     for v in self.variables.values():
                         if v.grad is not None:
-                            v.grad.mul_(10 * limit / now)
-                norm = NORM_MEMORY * norm + (1 - NORM_MEMORY) * min(now, 10 * limit) if norm else now
+                            v.grad.mul_(limit / now)
+                norm = NORM_MEMORY * norm + (1 - NORM_MEMORY) * min(now, limit) if norm else now
                 self.optimizer.step()
         for weight in self.weights:
             weight.project()

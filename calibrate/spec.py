@@ -30,7 +30,7 @@ class CalibrationSpec(BaseModel):
     zero_point_rate: float = Field(0.05, gt=0, description="Adam's step for zero points, in codes")
     rounding_rate: float = Field(2.5e-3, gt=0, description="Adam's step for the rounding variables")
     rounding_weight: float = Field(1e-2, ge=0, description="AdaRound's regulariser, relative to the loss")
-    clip_norm: float = Field(1.0, gt=0, description="gradient norm limit, relative to its running mean")
+    clip_norm: float = Field(10.0, gt=0, description="largest gradient norm, in multiples of its running mean")
     compute: Literal["auto", "float32"] = Field("auto", description="auto multiplies codes in bfloat16 where native")
     seed: int = Field(0, ge=0)
 

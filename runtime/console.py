@@ -31,7 +31,9 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
             Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(error)}")
             sys.exit(1)
         except KeyboardInterrupt:
-            Console(stderr=True).print("interrupted; nothing half-written was left behind")
+            Console(stderr=True).print(
+                "interrupted; nothing half-written was left behind (accuquant-export goes on with --resume)"
+            )
             sys.exit(130)
 
     return main
