@@ -95,9 +95,9 @@ KID is measured on features of an ImageNet EfficientNet-Lite0 and is comparable 
 
 ![samples](samples.png)
 
-Known limit: sampled with eta = 0, pictures whose starting noise is louder than average keep grain. The layout's 32 norm
-groups are one channel each at this width, which hides the latent's amplitude from the network, and a deterministic chain
-cannot correct it; with eta = 1 (sampler `ddim-eta1`, used for the sheet and the demo) it corrects itself.
+Known limit: sampled with eta = 0, pictures whose starting noise is louder than average keep grain. The layout's 32
+norm groups are one channel each at this width, which hides the latent's amplitude from the network, and a deterministic
+chain cannot correct it; with eta = 1 (sampler `ddim-eta1`, used for the sheet and the demo) it corrects itself.
 
 Intended use: a small real model to calibrate, export and test with. It draws garments and nothing else.
 """
