@@ -83,7 +83,8 @@ the model that AccuQuant's demo and tests quantize. `fashion-ddim.ckpt` is the f
 |---|---|
 | data | {facts["data"]} |
 | images seen | {facts["images_seen"]:,} |
-| objective | noise prediction, linear betas 1e-4..0.02, 1000 timesteps, SNR weighting (clamped at 5; the last part also at 0.02), bfloat16 |
+| objective | noise prediction, linear betas 1e-4..0.02, 1000 timesteps, bfloat16 autocast |
+| weighting | SNR clamped at 5, in the last part also at 0.02 |
 | seed | {facts["seed"]} |
 | last command | `{facts["command"]}` (earlier parts were stopped and resumed) |
 | wall time | {facts["wall_seconds"] / 60:.0f} min in all, shared with other work, on {facts["device"]} |
