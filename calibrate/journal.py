@@ -27,6 +27,10 @@ class Snapshot:
     tensors: dict[str, Tensor]
     record: dict[str, Any]
 
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors named `prefix/...`, without the prefix."""
+        return {k.removeprefix(f"{prefix}/"): v for k, v in self.tensors.items() if k.startswith(f"{prefix}/")}
+
 
 class Journal:
     """The snapshots of one calibration, in a folder of its own."""

@@ -1,36 +1,36 @@
 """The AccuQuant objective and its gradient in O(1) memory.
 
-A group is a run of M consecutive rows p..q-1 of the sampling plan. Teacher and student start it from the same latent
-x_p with the same noise; the loss looks only at its end (AccuQuant, NeurIPS 2025, arXiv 2510.20348):
+A group is a run of M consecutive rows p..q-1 of the sampling plan. Teacher and student take it with the same noise; the
+loss looks at its end (AccuQuant, NeurIPS 2025, arXiv 2510.20348) and, with a weight w, at the latents between:
 
-    L = mean || x~_q - x_q ||^2
+    L = mean || x~_q - x_q ||^2 + w sum_{p < i < q} mean || x~_i - x_i ||^2
 
 Unrolled autograd keeps M networks alive. Instead, one pass without gradient stores the M latents x~_p..x~_{q-1}; then
-the rows are taken from last to first, each network call made once more with gradient and at once freed. With
-lam_i = dL/dx~_i and mu_i = dL/do_i, row i of the plan gives
+the rows are taken from last to first, each network call made once more with gradient and at once freed (the last one
+is made only once). With lam_i = dL/dx~_i and mu_i = dL/do_i, row i of the plan gives
 
     mu_j  += b_ij lam_{i+1}                        for every output j that row i reads
     dL/dtheta += (df/dtheta)^T mu_i                at the network call of row i
-    lam_i  = a_i lam_{i+1} + s_i (df/dx)^T mu_i    "exact": the adjoint, equal to unrolled autograd
+    lam_i  = a_i lam_{i+1} + s_i (df/dx)^T mu_i    exact: the adjoint, equal to unrolled autograd
+    lam_i  = c_i lam_{i+1}                         injected: a scalar for the row, see carry.py
 
-    lam_i  = a_i lam_{i+1}                         "injected-a": the network's Jacobian dropped
-    lam_i  = lam_{i+1}                             "injected-1": every step passes the end residual on unchanged
-
-The injected forms are the paper's approximation: the residual at the end of the group enters each step's output with a
-scalar weight and nothing is propagated through the later networks.
+plus the term of L that sees x~_i itself. The injected forms are the paper's approximation: the residual at the end of
+the group enters each step's output with a scalar weight and nothing is propagated through the later networks.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..runtime.plan import SamplingPlan
+from .carry import unit_variance_factor
 from .trajectory import call
 
-Gradient = Literal["exact", "injected-a", "injected-1"]
+Grouping = Literal["count", "angle"]
 
 
 @dataclass(frozen=True)
@@ -46,29 +46,55 @@ class Group:
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """What a group is trained on: teacher's latent at both ends, its outputs before the group, and the noise.
+    """What a group is trained on: latents at both ends, outputs from before the group, and the noise.
 
-    start and end are (B, C, H, W); `history[j]` is the teacher's output j < group.start, for rows that look back.
+    start and end are (B, C, H, W); `history[j]` is output j < group.start, for rows that look back; `between[i]` is the
+    wanted latent before row i, for losses that look at it.
     """
 
     start: Tensor
     end: Tensor
-    history: dict[int, Tensor]
+    history: Mapping[int, Tensor]
     noise: Callable[[int], Tensor]
+    between: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-def cut(plan: SamplingPlan, size: int) -> list[Group]:
-    """Groups of `size` rows in order; the last may be shorter. Rows that leave the latent as it is belong to none.
+@dataclass(frozen=True)
+class Rollout:
+    """What the student did in a group: its loss, the latent it ended in, and its outputs by row."""
 
-    Such rows come from schedules that round to a repeated timestep: nothing to learn, and they would fill a group.
+    loss: Tensor
+    end: Tensor
+    outputs: dict[int, Tensor]
+
+
+def cut(plan: SamplingPlan, size: int, grouping: Grouping = "count") -> list[Group]:
+    """Groups in order that cover every row once; "count" gives each `size` rows, the last may be shorter.
+
+    "angle" makes as many groups, each over an equal part of the chain's angle, so that coarse ends get shorter groups;
+    a step's angle is that of its rotation between signal and noise, arccos of the injected-v factor. Rows that leave
+    the latent as it is belong to no group: they come from schedules that round to a repeated timestep, hold nothing to
+    learn, and would fill a group.
     """
     idle = [s.a == 1.0 and not any(s.b.values()) and not any(s.c.values()) for s in plan.steps]
     rows = [i for i in range(len(plan)) if not idle[i]]
-    groups = []
-    for k in range(0, len(rows), size):
-        part = rows[k : k + size]
-        groups.append(Group(part[0], part[-1] + 1))
-    return groups
+    if grouping == "count":
+        parts = [rows[k : k + size] for k in range(0, len(rows), size)]
+    else:
+        wanted = math.ceil(len(rows) / size)
+        angles = [angle(plan, i) for i in rows]
+        total, passed = sum(angles), 0.0
+        parts = [[] for _ in range(wanted)]
+        for row, turn in zip(rows, angles, strict=True):
+            parts[min(wanted - 1, int((passed + turn / 2) / total * wanted))].append(row)
+            passed += turn
+        parts = [p for p in parts if p]
+    return [Group(part[0], part[-1] + 1) for part in parts]
+
+
+def angle(plan: SamplingPlan, i: int) -> float:
+    """By how much row i turns the latent from noise to signal, in radians."""
+    return math.acos(max(-1.0, min(1.0, unit_variance_factor(plan, i))))
 
 
 def history_needed(plan: SamplingPlan, group: Group) -> list[int]:
@@ -78,25 +104,41 @@ def history_needed(plan: SamplingPlan, group: Group) -> list[int]:
 
 
 @torch.no_grad()
-def roll(network: nn.Module, plan: SamplingPlan, group: Group, data: GroupBatch) -> list[Tensor]:
-    """The student's latents x~_start..x~_stop, without gradient."""
+def roll(
+    network: nn.Module, plan: SamplingPlan, group: Group, data: GroupBatch
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """The network's latents x~_start..x~_stop and its outputs by row, without gradient."""
     outputs = dict(data.history)
     latents = [data.start]
     for i in range(group.start, group.stop):
         outputs[i] = call(network, plan, i, latents[-1])
         latents.append(plan.advance(i, latents[-1], outputs, data.noise))
-    return latents
+    return latents, outputs
 
 
 def accumulate_gradient(
-    network: nn.Module, plan: SamplingPlan, group: Group, data: GroupBatch, gradient: Gradient
-) -> Tensor:
-    """Add dL/dtheta of the group's end loss to the parameters' `.grad`; returns L, a detached scalar.
+    network: nn.Module,
+    plan: SamplingPlan,
+    group: Group,
+    data: GroupBatch,
+    carry: Sequence[float] | None = None,
+    between: float = 0.0,
+) -> Rollout:
+    """Add dL/dtheta to the parameters' `.grad`; `carry` holds a factor per row of the plan, None is the exact adjoint.
 
-    Peak memory is that of one network call with gradient plus len(group) latents.
+    `between` is the weight w of the latents inside the group. Peak memory is that of one network call with gradient
+    plus len(group) latents.
     """
-    latents = roll(network, plan, group, data)
-    residual = latents.pop() - data.end
+    last = group.stop - 1
+    latents, outputs = roll(network, plan, Group(group.start, last), data)
+    # The first row's input is data; a gradient with respect to it would be computed for nobody.
+    wanted = [carry is None and i > group.start for i in range(group.stop)]
+    x = latents[-1].detach().requires_grad_(wanted[last])
+    kept = call(network, plan, last, x)
+    outputs[last] = kept.detach()
+    end = plan.advance(last, x.detach(), outputs, data.noise)
+    residual = end - data.end
+    loss = residual.square().mean()
     lam = residual * (2.0 / residual.numel())
     mu: dict[int, Tensor] = {}
     for i in reversed(range(group.start, group.stop)):
@@ -104,28 +146,36 @@ def accumulate_gradient(
         for j, weight in step.b.items():
             if j >= group.start:
                 mu[j] = mu[j] + weight * lam if j in mu else weight * lam
-        x = latents.pop()
-        carried = lam if gradient == "injected-1" else step.a * lam
+        carried = (step.a if carry is None else carry[i]) * lam
         if i in mu:
-            # The first row's input is data; a gradient with respect to it would be computed for nobody.
-            wanted = gradient == "exact" and i > group.start
-            x = x.detach().requires_grad_(wanted)
-            call(network, plan, i, x).backward(mu.pop(i))
-            if wanted:
+            if i < last:
+                x = latents[i - group.start].detach().requires_grad_(wanted[i])
+                kept = call(network, plan, i, x)
+            if kept.requires_grad:
+                kept.backward(mu.pop(i))
+            if wanted[i]:
                 assert x.grad is not None
                 carried = carried + x.grad
         lam = carried
-    return residual.square().mean()
+        if between and i in data.between:
+            difference = latents[i - group.start] - data.between[i]
+            loss = loss + between * difference.square().mean()
+            lam = lam + difference * (2.0 * between / difference.numel())
+    return Rollout(loss, end, {i: outputs[i] for i in range(group.start, group.stop)})
 
 
-def unrolled_loss(network: nn.Module, plan: SamplingPlan, group: Group, data: GroupBatch) -> Tensor:
+def unrolled_loss(
+    network: nn.Module, plan: SamplingPlan, group: Group, data: GroupBatch, between: float = 0.0
+) -> Tensor:
     """The same loss with the whole group in one graph: O(M) memory, the yardstick for the forms above."""
     outputs: dict[int, Tensor] = dict(data.history)
-    x = data.start
+    x, loss = data.start, torch.zeros((), device=data.start.device)
     for i in range(group.start, group.stop):
+        if between and i in data.between:
+            loss = loss + between * (x - data.between[i]).square().mean()
         outputs[i] = call(network, plan, i, x)
         x = plan.advance(i, x, outputs, data.noise)
-    return (x - data.end).square().mean()
+    return loss + (x - data.end).square().mean()
 
 
 def select(values: Tensor, rows: Sequence[int]) -> Tensor:

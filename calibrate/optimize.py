@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.plan import SamplingPlan
+from .batches import Batches
+from .carry import carry
 from .initialise import initialise
 from .journal import Journal, Snapshot, pack_optimizer, unpack_optimizer
 from .layers import QuantizedOperator, fast_compute, quantization
-from .multistep import Group, GroupBatch, accumulate_gradient, cut, history_needed, select
+from .multistep import accumulate_gradient, cut
 from .rounding import annealed_beta, training_codes
 from .spec import CalibrationSpec
-from .trajectory import Trajectory, simulate, step_noise
+from .trajectory import Trajectory, simulate
 
 NORM_MEMORY = 0.9  # of the running mean that gradient clipping compares with
 
@@ -73,6 +75,9 @@ def calibrate(
         outcome = Outcome({int(k): v for k, v in snapshot.record["held_out"].items()}, snapshot.record["kept"])
         learner.restore({k.removeprefix("now/"): v for k, v in snapshot.tensors.items() if k.startswith("now/")})
         best = {k.removeprefix("best/"): v for k, v in snapshot.tensors.items() if k.startswith("best/")}
+        learner.batches.restore(
+            {k.removeprefix("lane/"): v for k, v in snapshot.tensors.items() if k.startswith("lane/")}
+        )
         unpack_optimizer(learner.optimizer, snapshot.tensors)
 
     def judge_now(iteration: int) -> None:
@@ -83,6 +88,7 @@ def calibrate(
 
     def record(iteration: int) -> None:
         tensors = {f"now/{k}": v for k, v in learner.state().items()} | {f"best/{k}": v for k, v in best.items()}
+        tensors |= {f"lane/{k}": v for k, v in learner.batches.state().items()}
         written = {"held_out": outcome.held_out, "kept": outcome.kept, "norm": norm}
         journal.write(Snapshot(iteration, tensors | pack_optimizer(learner.optimizer), written))
 
@@ -129,10 +135,12 @@ class _Learner:
         teacher: Trajectory,
         spec: CalibrationSpec,
     ) -> None:
-        self.network, self.operators, self.plan, self.teacher, self.spec = network, operators, plan, teacher, spec
-        self.groups = cut(plan, spec.group)
-        self.device = next(network.parameters()).device
-        self.compute = fast_compute(self.device) if spec.compute == "auto" else torch.float32
+        self.network, self.operators, self.plan, self.spec = network, operators, plan, spec
+        self.batches = Batches(network, operators, plan, teacher, cut(plan, spec.group, spec.grouping), spec)
+        with quantization(operators, active=False):
+            self.carry = carry(plan, spec.gradient, network, teacher)
+        device = next(network.parameters()).device
+        self.compute = fast_compute(device) if spec.compute == "auto" else torch.float32
         self.weights = [op.weight_quantizer for op in operators.values() if op.weight_quantizer is not None]
         for weight in self.weights:
             weight.learn(spec.rounding)
@@ -161,15 +169,17 @@ class _Learner:
         """One iteration; returns the group's loss and the updated running gradient norm."""
         spec = self.spec
         progress = iteration / spec.iterations
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
+        for variables, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            variables["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
         self.optimizer.zero_grad(set_to_none=True)
-        chosen = self._group(iteration)
+        group, data = self.batches.draw(iteration)
         with quantization(self.operators, True, self.compute), training_codes(self.weights):
-            loss = accumulate_gradient(self.network, self.plan, chosen, self._batch(iteration, chosen), spec.gradient)
+            ended = accumulate_gradient(self.network, self.plan, group, data, self.carry, spec.between)
+        self.batches.keep(iteration, group, data, ended)
+        loss = float(ended.loss)
         if spec.rounding == "adaround" and math.isfinite(beta := annealed_beta(progress)):
             for weight in self.weights:
-                (weight.regulariser(beta) * (spec.rounding_weight * float(loss) / 1e3)).backward()
+                (weight.regulariser(beta) * (spec.rounding_weight * loss / 1e3)).backward()
         with torch.no_grad():
             now = float(torch.stack([v.grad.norm() for v in self.variables.values() if v.grad is not None]).norm())
             if math.isfinite(now):
@@ -182,25 +192,4 @@ class _Learner:
                 self.optimizer.step()
         for weight in self.weights:
             weight.project()
-        return float(loss), norm
-
-    def _group(self, iteration: int) -> Group:
-        """Each group once per round, rounds shuffled."""
-        cycle, place = divmod(iteration, len(self.groups))
-        generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + cycle)
-        return self.groups[int(torch.randperm(len(self.groups), generator=generator)[place])]
-
-    def _batch(self, iteration: int, group: Group) -> GroupBatch:
-        n = len(self.teacher.seeds)
-        generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + 500_009 + iteration)
-        rows = torch.randperm(n, generator=generator)[: min(n, self.spec.batch)].tolist()
-        seeds = [self.teacher.seeds[r] for r in rows]
-        shape = self.teacher.states.shape[2:]
-        return GroupBatch(
-            start=select(self.teacher.states[group.start], rows).to(self.device),
-            end=select(self.teacher.states[group.stop], rows).to(self.device),
-            history={
-                j: select(self.teacher.outputs[j], rows).to(self.device) for j in history_needed(self.plan, group)
-            },
-            noise=lambda j: step_noise(seeds, j, shape, self.device),
-        )
+        return loss, norm

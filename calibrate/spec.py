@@ -5,10 +5,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .multistep import Gradient
+from .carry import Gradient
+from .multistep import Grouping
 from .rounding import Rounding
 
 Initialisation = Literal["mse", "min-max"]
+Start = Literal["teacher", "student"]
+Aim = Literal["trajectory", "local"]
 PresetName = Literal["smoke", "default", "best"]
 
 
@@ -19,7 +22,11 @@ class CalibrationSpec(BaseModel):
 
     initialisation: Initialisation = "mse"
     group: int = Field(5, ge=1, description="M, the sampling steps that are simulated before the loss is taken")
+    grouping: Grouping = Field("count", description="groups of equal count, or of equal angle between signal and noise")
     gradient: Gradient = "exact"
+    start: Start = Field("teacher", description="whose latents groups start from")
+    target: Aim = Field("trajectory", description="end of the teacher's trajectory, or its end from the same start")
+    between: float = Field(0.0, ge=0, description="weight of the latents inside a group beside its end")
     rounding: Rounding = "offset"
     iterations: int = Field(200, ge=0)
     batch: int = Field(8, ge=1, description="trajectories per iteration")

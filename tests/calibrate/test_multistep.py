@@ -2,10 +2,12 @@
 
 import itertools
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from accuquant.calibrate.carry import carry
 from accuquant.calibrate.families.ddim import role_of
 from accuquant.calibrate.layers import quantization, quantize_operators
 from accuquant.calibrate.multistep import (
@@ -19,11 +21,11 @@ from accuquant.calibrate.multistep import (
 )
 from accuquant.calibrate.scheme import QuantScheme
 from accuquant.calibrate.trace import trace
-from accuquant.calibrate.trajectory import simulate, step_noise
+from accuquant.calibrate.trajectory import Trajectory, simulate, step_noise
 from accuquant.runtime.plan import PlanStep, SamplingPlan
 from torch import nn
 
-GRADIENTS = ["exact", "injected-a", "injected-1"]
+GRADIENTS = ["exact", "injected-a", "injected-1", "injected-v", "measured"]
 SHAPE = (2, 4, 4)
 
 
@@ -40,7 +42,19 @@ def float64_data(plan: SamplingPlan, group: Group, seed: int = 0, batch: int = 3
 
     noise = {j: draw(batch, *SHAPE) for j in range(len(plan))}
     history = {j: draw(batch, *SHAPE) for j in history_needed(plan, group)}
-    return GroupBatch(draw(batch, *SHAPE), draw(batch, *SHAPE), history, noise.__getitem__)
+    between = {i: draw(batch, *SHAPE) for i in range(group.start + 1, group.stop)}
+    return GroupBatch(draw(batch, *SHAPE), draw(batch, *SHAPE), history, noise.__getitem__, between)
+
+
+def factors(plan: SamplingPlan, gradient: str, network: nn.Module) -> tuple[float, ...] | None:
+    """The carried factors; "measured" gets random latents to measure on."""
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(len(plan) + 1, 4, *SHAPE, generator=generator, dtype=torch.float64)
+    return carry(plan, gradient, network, Trajectory(tuple(range(4)), states, states[1:]))
+
+
+def accumulate(network, plan, group, data, gradient, between=0.0):
+    return accumulate_gradient(network, plan, group, data, factors(plan, gradient, network), between).loss
 
 
 def gradient_of(network: nn.Module, compute) -> tuple[float, torch.Tensor]:
@@ -52,9 +66,9 @@ def gradient_of(network: nn.Module, compute) -> tuple[float, torch.Tensor]:
     return float(loss.detach()), torch.cat([g.flatten() for g in parts])
 
 
-def both(network, plan, group, data, gradient):
-    mine = gradient_of(network, lambda: accumulate_gradient(network, plan, group, data, gradient))
-    unrolled = gradient_of(network, lambda: unrolled_loss(network, plan, group, data))
+def both(network, plan, group, data, gradient, between=0.0):
+    mine = gradient_of(network, lambda: accumulate(network, plan, group, data, gradient, between))
+    unrolled = gradient_of(network, lambda: unrolled_loss(network, plan, group, data, between))
     return mine, unrolled
 
 
@@ -96,6 +110,35 @@ def test_these_plans_do_look_back_across_the_groups_start(tiny):
     assert any(s.input_scale != 1 for s in plan_for("euler", tiny).steps)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddim-eta1", "plms", "euler"])
+def test_latents_inside_the_group_can_be_looked_at_too(tiny, sampler):
+    """Loss and exact gradient with weight 0.3 on them equal the unrolled form's, and differ from the end's alone."""
+    plan = plan_for(sampler, tiny)
+    network = tiny.Toy(0).double()
+    group = Group(2, 7)
+    data = float64_data(plan, group)
+    (loss, mine), (wanted_loss, wanted) = both(network, plan, group, data, "exact", between=0.3)
+    assert loss == pytest.approx(wanted_loss, rel=1e-12)
+    assert close(mine, wanted, 1e-9)
+    end_loss, end = gradient_of(network, lambda: accumulate(network, plan, group, data, "exact"))
+    assert loss > end_loss
+    assert not close(end, wanted, 1e-2)
+
+
+def test_the_rollout_is_where_the_student_went(tiny):
+    plan = plan_for("dpm++2m", tiny)
+    network = tiny.Toy(0).double()
+    group = Group(2, 6)
+    data = float64_data(plan, group)
+    latents, outputs = roll(network, plan, group, data)
+    ended = accumulate_gradient(network, plan, group, data)
+    assert torch.equal(ended.end, latents[-1])
+    assert ended.outputs.keys() == set(range(2, 6))
+    for j, output in ended.outputs.items():
+        assert torch.equal(output, outputs[j])
+        assert not output.requires_grad
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++2m", "plms", "ddim-eta1", "euler"])
 @pytest.mark.parametrize("row", [0, 4])
 def test_groups_of_one_row_have_one_gradient(tiny, sampler, row):
@@ -123,7 +166,7 @@ def test_injections_differ_from_the_exact_gradient_when_the_network_looks(tiny):
     network = tiny.Toy(0).double()
     data = float64_data(plan, Group(0, 8))
     exact, with_a, with_1 = (
-        gradient_of(network, lambda g=g: accumulate_gradient(network, plan, Group(0, 8), data, g))[1] for g in GRADIENTS
+        gradient_of(network, lambda g=g: accumulate(network, plan, Group(0, 8), data, g))[1] for g in GRADIENTS[:3]
     )
     assert not close(with_a, exact, 1e-3)
     assert not close(with_1, exact, 1e-3)
@@ -151,8 +194,8 @@ def test_carried_weight_in_closed_form(tiny, gradient):
     group = Group(1, 7)
     data = float64_data(plan, group)
     network = PerRow([s.timestep for s in plan.steps])
-    loss = accumulate_gradient(network, plan, group, data, gradient)
-    residual = roll(network, plan, group, data)[-1] - data.end
+    loss = accumulate(network, plan, group, data, gradient)
+    residual = roll(network, plan, group, data)[0][-1] - data.end
     assert float(loss) == pytest.approx(float(residual.square().mean()))
     betas = torch.linspace(1e-4, 0.02, 100, dtype=torch.float32)
     abar = torch.cumprod(1 - betas, 0).double().numpy()
@@ -170,12 +213,12 @@ def test_gradients_accumulate_over_groups(tiny):
     network = tiny.Toy(0).double()
     groups = cut(plan, 4)
     parts = [
-        gradient_of(network, lambda g=g: accumulate_gradient(network, plan, g, float64_data(plan, g), "exact"))[1]
+        gradient_of(network, lambda g=g: accumulate(network, plan, g, float64_data(plan, g), "exact"))[1]
         for g in groups
     ]
     network.zero_grad()
     for g in groups:
-        accumulate_gradient(network, plan, g, float64_data(plan, g), "exact")
+        accumulate(network, plan, g, float64_data(plan, g), "exact")
     total = torch.cat([p.grad.flatten() for p in network.parameters()])
     assert close(total, torch.stack(parts).sum(0), 1e-12)
 
@@ -196,7 +239,7 @@ def test_bypassed_quantizers_follow_the_teacher_exactly(tiny, sampler):
             lambda j: step_noise(seeds, j, tiny.SHAPE, "cpu"),
         )
         assert float(unrolled_loss(network, plan, group, data)) == 0.0
-        latents = roll(network, plan, group, data)
+        latents, _ = roll(network, plan, group, data)
         assert len(latents) == len(group) + 1
         for k, x in enumerate(latents):
             assert torch.equal(x, teacher.states[group.start + k])
@@ -268,7 +311,7 @@ def test_idle_rows_leave_the_latent_unchanged(tiny):
         init_sigma=1.0,
         steps=(PlanStep(timestep=1, a=1.1, b={0: -0.1}), PlanStep(timestep=1, a=1.0, b={})),
     )
-    latents = roll(network, plan, Group(0, 2), float64_data(plan, Group(0, 2)))
+    latents, _ = roll(network, plan, Group(0, 2), float64_data(plan, Group(0, 2)))
     assert torch.equal(latents[1], latents[2])
 
 
@@ -326,10 +369,7 @@ def test_memory_is_flat_in_the_groups_length(tiny):
         assert live.now == 0
         return live.peak
 
-    for gradient in GRADIENTS:
-
-        def mine(*arguments, gradient=gradient):
-            return accumulate_gradient(*arguments, gradient)
-
+    for gradient in GRADIENTS[:-1]:  # measuring is done before, once
+        mine = partial(accumulate, gradient=gradient)
         assert peak(16, mine) <= 1.1 * peak(1, mine), gradient
     assert peak(16, unrolled_loss) > 8 * peak(1, unrolled_loss)
