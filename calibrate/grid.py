@@ -82,19 +82,24 @@ class _CentredCodes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero_point, q_min, q_max):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
         zero = torch.round(zero_point)
-        ctx.save_for_backward(x, scale, zero)
-        ctx.range = (q_min, q_max)
-        return torch.round(x / scale).clamp_(q_min - zero, q_max - zero)
+        rounded = torch.round(x / scale)
+        codes = rounded.clamp(q_min - zero, q_max - zero)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, scale, zero, rounded == codes)
+        return codes
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
-        x, scale, zero = ctx.saved_tensors
-        q_min, q_max = ctx.range
-        v = x / scale
-        rounded = torch.round(v)
-        inside = (rounded >= q_min - zero) & (rounded <= q_max - zero)
-        through = torch.where(inside, grad, 0) / scale
-        grad_x = through if ctx.needs_input_grad[0] else None
-        grad_scale = -(through * v).sum_to_size(scale.shape) if ctx.needs_input_grad[1] else None
-        grad_zero = -torch.where(inside, 0, grad).sum_to_size(zero.shape) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_scale, grad_zero, None, None
+        x, scale, zero, inside = ctx.saved_tensors
+        kept = grad * inside
+        through = kept / scale
+        grad_scale = grad_zero = None
+        if ctx.needs_input_grad[1]:
+            dot = (
+                torch.dot(through.flatten(), x.flatten()) if scale.ndim == 0 else (through * x).sum_to_size(scale.shape)
+            )
+            grad_scale = -dot / scale
+        if ctx.needs_input_grad[2]:
+            # A difference of tensors, not of sums: Adam would make steps of the rounding where nothing is clipped.
+            grad_zero = (kept - grad).sum_to_size(zero.shape)
+        return through if ctx.needs_input_grad[0] else None, grad_scale, grad_zero, None, None

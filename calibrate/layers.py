@@ -66,6 +66,18 @@ class QuantizedOperator(nn.Module):
         self.compute = torch.float32
         self.inputs = nn.ModuleList(ActivationQuantizer(grid) for grid in input_grids)
         self.weight_quantizer = weight
+        self.shift: nn.Parameter | None = None
+
+    def learn_bias(self) -> None:
+        """Attach what is learned on top of the float bias, one number per output channel; zero to begin with."""
+        if self.weight_quantizer is not None:
+            self.shift = nn.Parameter(torch.zeros_like(self.weight_quantizer.scale.flatten()))
+
+    def bias(self, given: Tensor | None) -> Tensor | None:
+        """The layer's own bias and what was learned on top of it, (C,)."""
+        if self.shift is None:
+            return given
+        return self.shift if given is None else given + self.shift
 
     @property
     def quantizers(self) -> list[ActivationQuantizer]:
@@ -95,7 +107,8 @@ class QuantizedConv2d(QuantizedOperator):
             return cast(Tensor, self.conv(x))
         (x_codes, x_scale), (w_codes, w_scale) = self.input_codes(0, x), self.weight_codes()
         y = self.conv._conv_forward(x_codes, w_codes, None).float() * (x_scale * w_scale)[:, None, None]
-        return y if self.conv.bias is None else y + self.conv.bias[:, None, None]
+        bias = self.bias(self.conv.bias)
+        return y if bias is None else y + bias[:, None, None]
 
 
 class QuantizedLinear(QuantizedOperator):
@@ -110,7 +123,8 @@ class QuantizedLinear(QuantizedOperator):
             return cast(Tensor, self.linear(x))
         (x_codes, x_scale), (w_codes, w_scale) = self.input_codes(0, x), self.weight_codes()
         y = F.linear(x_codes, w_codes).float() * (x_scale * w_scale)
-        return y if self.linear.bias is None else y + self.linear.bias
+        bias = self.bias(self.linear.bias)
+        return y if bias is None else y + bias
 
 
 class QuantizedMatMul(QuantizedOperator):

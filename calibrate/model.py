@@ -14,7 +14,8 @@ class DiffusionModel:
     """A denoiser ready to run, and what must be known to sample from it.
 
     `network(x, t)` maps x (B, *sample_shape) and t (B,), float32 both, to its prediction of the same batch.
-    `noise_schedule` holds diffusers' scheduler settings. `found` is one line for the person who gave the file.
+    `noise_schedule` holds diffusers' scheduler settings. `block_of` names the module whose output an operator is judged
+    with when blocks are reconstructed one by one. `found` is one line for the person who gave the file.
     """
 
     family: str
@@ -23,5 +24,6 @@ class DiffusionModel:
     sample_shape: tuple[int, int, int]
     noise_schedule: Mapping[str, Any]
     role_of: Callable[[str], Role]
+    block_of: Callable[[str], str]
     default_sampler: str
     default_steps: int

@@ -123,45 +123,80 @@ def accumulate_gradient(
     data: GroupBatch,
     carry: Sequence[float] | None = None,
     between: float = 0.0,
+    width: int = 0,
 ) -> Rollout:
     """Add dL/dtheta to the parameters' `.grad`; `carry` holds a factor per row of the plan, None is the exact adjoint.
 
-    `between` is the weight w of the latents inside the group. Peak memory is that of one network call with gradient
-    plus len(group) latents.
+    `between` is the weight w of the latents inside the group. With factors, all rows know their gradient once the
+    group's end is known, so up to `width` samples (at least one row's) of them share one network call. Peak memory is
+    that of one call with gradient plus len(group) latents.
     """
+    if carry is None or len(group) == 1:
+        return _adjoint(network, plan, group, data, between)
+    latents, outputs = roll(network, plan, group, data)
+    residual = latents[-1] - data.end
+    loss = residual.square().mean()
+    lam = residual * (2.0 / residual.numel())
+    rows: list[tuple[int, Tensor]] = []
+    mu: dict[int, Tensor] = {}
+    for i in reversed(range(group.start, group.stop)):
+        _spread(plan, i, lam, mu, group)
+        if i in mu:
+            rows.append((i, mu.pop(i)))
+        lam = carry[i] * lam
+        lam, loss = _look(i, latents[i - group.start], data, between, lam, loss)
+    together = max(1, width // len(data.start))
+    for k in range(0, len(rows), together):
+        part = rows[k : k + together]
+        x = torch.cat([latents[i - group.start] * plan.steps[i].input_scale for i, _ in part])
+        t = torch.tensor([plan.steps[i].timestep for i, _ in part], device=x.device, dtype=torch.float32)
+        output = network(x, t.repeat_interleave(len(data.start)))
+        if output.requires_grad:
+            output.backward(torch.cat([gradient for _, gradient in part]))
+    return Rollout(loss, latents[-1], {i: outputs[i] for i in range(group.start, group.stop)})
+
+
+def _adjoint(network: nn.Module, plan: SamplingPlan, group: Group, data: GroupBatch, between: float) -> Rollout:
+    """The exact form: rows from last to first, each called again with gradient, the last one only once."""
     last = group.stop - 1
     latents, outputs = roll(network, plan, Group(group.start, last), data)
     # The first row's input is data; a gradient with respect to it would be computed for nobody.
-    wanted = [carry is None and i > group.start for i in range(group.stop)]
-    x = latents[-1].detach().requires_grad_(wanted[last])
-    kept = call(network, plan, last, x)
-    outputs[last] = kept.detach()
+    x = latents[-1].detach().requires_grad_(last > group.start)
+    called = call(network, plan, last, x)
+    outputs[last] = called.detach()
     end = plan.advance(last, x.detach(), outputs, data.noise)
     residual = end - data.end
     loss = residual.square().mean()
     lam = residual * (2.0 / residual.numel())
     mu: dict[int, Tensor] = {}
     for i in reversed(range(group.start, group.stop)):
-        step = plan.steps[i]
-        for j, weight in step.b.items():
-            if j >= group.start:
-                mu[j] = mu[j] + weight * lam if j in mu else weight * lam
-        carried = (step.a if carry is None else carry[i]) * lam
+        _spread(plan, i, lam, mu, group)
+        lam = plan.steps[i].a * lam
         if i in mu:
             if i < last:
-                x = latents[i - group.start].detach().requires_grad_(wanted[i])
-                kept = call(network, plan, i, x)
-            if kept.requires_grad:
-                kept.backward(mu.pop(i))
-            if wanted[i]:
-                assert x.grad is not None
-                carried = carried + x.grad
-        lam = carried
-        if between and i in data.between:
-            difference = latents[i - group.start] - data.between[i]
-            loss = loss + between * difference.square().mean()
-            lam = lam + difference * (2.0 * between / difference.numel())
+                x = latents[i - group.start].detach().requires_grad_(i > group.start)
+                called = call(network, plan, i, x)
+            if called.requires_grad:
+                called.backward(mu.pop(i))
+            if x.grad is not None:
+                lam = lam + x.grad
+        lam, loss = _look(i, latents[i - group.start], data, between, lam, loss)
     return Rollout(loss, end, {i: outputs[i] for i in range(group.start, group.stop)})
+
+
+def _spread(plan: SamplingPlan, i: int, lam: Tensor, mu: dict[int, Tensor], group: Group) -> None:
+    """mu_j += b_ij lam_{i+1} for the outputs of the group."""
+    for j, weight in plan.steps[i].b.items():
+        if j >= group.start:
+            mu[j] = mu[j] + weight * lam if j in mu else weight * lam
+
+
+def _look(i: int, latent: Tensor, data: GroupBatch, weight: float, lam: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the loss's own look at x~_i, if it has one, to the adjoint and to the loss."""
+    if not weight or i not in data.between:
+        return lam, loss
+    difference = latent - data.between[i]
+    return lam + difference * (2.0 * weight / difference.numel()), loss + weight * difference.square().mean()
 
 
 def unrolled_loss(

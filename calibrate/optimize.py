@@ -144,11 +144,15 @@ class _Learner:
         self.weights = [op.weight_quantizer for op in operators.values() if op.weight_quantizer is not None]
         for weight in self.weights:
             weight.learn(spec.rounding)
+        if spec.bias_rate:
+            for operator in operators.values():
+                operator.learn_bias()
         quantizers = [q for op in operators.values() for q in op.quantizers]
         # (name in snapshots, variable, rate)
         kinds = {
             "scale": ([q.log_scale for q in quantizers], spec.scale_rate),
             "zero_point": ([q.zero_point for q in quantizers if q.zero_point.requires_grad], spec.zero_point_rate),
+            "bias": ([op.shift for op in operators.values() if op.shift is not None], spec.bias_rate),
             "choice": ([w.choice for w in self.weights if w.choice is not None], spec.rounding_rate),
         }
         self.variables = {f"{k}/{i}": v for k, (many, _) in kinds.items() for i, v in enumerate(many)}
@@ -174,7 +178,7 @@ class _Learner:
         self.optimizer.zero_grad(set_to_none=True)
         group, data = self.batches.draw(iteration)
         with quantization(self.operators, True, self.compute), training_codes(self.weights):
-            ended = accumulate_gradient(self.network, self.plan, group, data, self.carry, spec.between)
+            ended = accumulate_gradient(self.network, self.plan, group, data, self.carry, spec.between, spec.width)
         self.batches.keep(iteration, group, data, ended)
         loss = float(ended.loss)
         if spec.rounding == "adaround" and math.isfinite(beta := annealed_beta(progress)):

@@ -36,7 +36,7 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.grid = grid
         self.rounding: Rounding = "nearest"
-        self.register_buffer("weight", weight.detach().clone())
+        self.register_buffer("weight", weight.detach())  # the layer's own, which nobody writes to
         self.register_buffer("scale", torch.ones(weight.shape[0], *[1] * (weight.ndim - 1)))
         self.choice: nn.Parameter | None = None
         self.soft = False  # AdaRound only: train on the soft weights, deploy the hard ones

@@ -30,11 +30,13 @@ class CalibrationSpec(BaseModel):
     rounding: Rounding = "offset"
     iterations: int = Field(200, ge=0)
     batch: int = Field(8, ge=1, description="trajectories per iteration")
+    width: int = Field(16, ge=1, description="samples that may share a call of the injected gradient's second pass")
     trajectories: int = Field(64, ge=1)
     held_out: int = Field(16, ge=1, description="trajectories that only judge")
     checks: int = Field(4, ge=1, description="how often the held-out trajectories are sampled to the end")
     scale_rate: float = Field(2e-3, gt=0, description="Adam's step for log scales")
     zero_point_rate: float = Field(0.05, gt=0, description="Adam's step for zero points, in codes")
+    bias_rate: float = Field(0.0, ge=0, description="Adam's step for biases; 0 leaves them as they are")
     rounding_rate: float = Field(2.5e-3, gt=0, description="Adam's step for the rounding variables")
     rounding_weight: float = Field(1e-2, ge=0, description="AdaRound's regulariser, relative to the loss")
     clip_norm: float = Field(10.0, gt=0, description="largest gradient norm, in multiples of its running mean")

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..runtime.pictures import grid, near_square
 
 INK, MUTED, RULE = "#1f2933", "#667380", "#dde3e9"
 MAIN, MARK = "#2f6690", "#c4622d"
+SERIES = (MAIN, MARK, "#5b8c5a", "#8a5a9e", "#b3892d", "#4a4e69")
 SIZE = (4.7, 2.9)  # inches; small, so that the text stays readable when a phone shrinks it
 
 SHEET_PIXELS = 700  # width of a sheet: twice what the page gives it, for dense screens
@@ -92,10 +94,15 @@ def calibration(held_out: Mapping[int, float], kept: int, title: str) -> str:
 
 
 def svg(figure: Figure) -> str:
-    """A figure as an SVG data URI; text is drawn as outlines, so no font is needed."""
+    """A figure as an SVG data URI."""
+    return _uri("image/svg+xml", markup(figure).encode())
+
+
+def markup(figure: Figure) -> str:
+    """A figure as SVG text; letters are drawn as outlines, so no font is needed."""
     with io.BytesIO() as file, mpl.rc_context(STYLE):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-        return _uri("image/svg+xml", file.getvalue())
+        return file.getvalue().decode()
 
 
 def png(image: Image.Image) -> str:
@@ -103,6 +110,26 @@ def png(image: Image.Image) -> str:
     with io.BytesIO() as file:
         image.save(file, format="PNG", optimize=True)
         return _uri("image/png", file.getvalue())
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, x: str, y: str, log: str = ""
+) -> Figure:
+    """Several named curves, each as (xs, ys), in the house style; `log` names the axes that are logarithmic."""
+    figure, axes = _axes(title, x, y)
+    for (name, (xs, ys)), colour in zip(series.items(), itertools.cycle(SERIES)):
+        axes.plot(xs, ys, color=colour, linewidth=1.8, marker="o", markersize=4, label=name)
+    if "x" in log:
+        axes.set_xscale("log", base=2)
+        ticks = sorted({v for xs, _ in series.values() for v in xs})
+        axes.set_xticks(ticks, [f"{v:g}" for v in ticks])
+        axes.minorticks_off()
+    if "y" in log:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    _legend(axes)
+    return figure
 
 
 def _uri(kind: str, data: bytes) -> str:

@@ -98,6 +98,7 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
             "steps_offset": 0,
         },
         role_of=role_of,
+        block_of=block_of,
         default_sampler="ddim",
         default_steps=50,
     )
@@ -112,6 +113,12 @@ def role_of(name: str) -> Role:
     if name.startswith("temb.") or name.endswith("temb_proj"):
         return "time"
     return "attention" if re.search(r"attn(_1)?(\.\d+)?\.(qk|av)$", name) else "body"
+
+
+def block_of(name: str) -> str:
+    """The residual or attention block an operator belongs to, or the operator itself."""
+    found = re.match(r"((down|up)\.\d+\.(block|attn)\.\d+|mid\.(block|attn)_\d+)\.", name)
+    return found[1] if found else name
 
 
 def shape_from_keys(state: Mapping[str, Tensor]) -> tuple[int, tuple[int, ...], int, tuple[int, ...]]:

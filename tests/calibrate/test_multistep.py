@@ -175,6 +175,42 @@ def test_injections_differ_from_the_exact_gradient_when_the_network_looks(tiny):
     assert torch.cosine_similarity(with_a, exact, dim=0) > 0.8
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "euler"])
+@pytest.mark.parametrize("width", [1, 3, 7, 100])
+def test_rows_that_share_a_call_have_the_gradient_of_rows_alone(tiny, sampler, width):
+    """Three samples, six rows: one, one, two or all rows to a call."""
+    plan = plan_for(sampler, tiny)
+    network = Counting(tiny.Toy(0).double())
+    group = Group(2, 8)
+    data = float64_data(plan, group)
+    weights = factors(plan, "injected-v", network)
+
+    def gradient(width):
+        network.differentiated = []
+        return gradient_of(network, lambda: accumulate_gradient(network, plan, group, data, weights, 0.3, width).loss)
+
+    (wanted_loss, wanted), (loss, mine) = gradient(0), gradient(width)
+    assert loss == wanted_loss
+    assert close(mine, wanted, 1e-12)
+    rows = sum(any(j in s.b for s in plan.steps[2:8]) for j in range(2, 8))
+    assert sum(network.differentiated) == 3 * rows
+    assert max(network.differentiated) == min(3 * rows, max(3, width // 3 * 3))
+
+
+class Counting(nn.Module):
+    """Notes the batch size of every call that is made with gradient."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.differentiated: list[int] = []
+
+    def forward(self, x, t):
+        if torch.is_grad_enabled():
+            self.differentiated.append(len(x))
+        return self.network(x, t)
+
+
 class PerRow(nn.Module):
     """theta[row] plus a function of x: the gradient at theta[k] shows the weight with which row k sees the residual."""
 
@@ -184,7 +220,8 @@ class PerRow(nn.Module):
         self.theta = nn.Parameter(torch.zeros(len(timesteps), dtype=torch.float64))
 
     def forward(self, x, t):
-        return self.theta[self.rows[float(t[0])]] + torch.sin(x)
+        rows = [self.rows[float(value)] for value in t]
+        return self.theta[rows][:, None, None, None] + torch.sin(x)
 
 
 @pytest.mark.parametrize("gradient", ["injected-a", "injected-1"])
