@@ -6,8 +6,8 @@
 For the second, as many batches as there are groups walk down the chain side by side, each a group further per round, so
 that the drifted start costs no network call: it is the end of that batch's last visit. What the group must end in is
 
-    target "trajectory"    the teacher's latent on its own trajectory: the group also learns to undo what drifted before
-    target "local"         where the teacher ends from the same start, at the price of its network calls
+    aim "trajectory"       the teacher's latent on its own trajectory: the group also learns to undo what drifted before
+    aim "local"            where the teacher ends from the same start, at the price of its network calls
 
 Everything is a function of (seed, iteration) and of the latents kept here, which belong to a snapshot.
 """
@@ -59,7 +59,7 @@ class Batches:
             return step_noise(seeds, j, shape, self.device)
 
         inner = range(group.start + 1, group.stop) if self.spec.between else range(0)
-        if walked is not None and self.spec.target == "local":
+        if walked is not None and self.spec.aim == "local":
             with quantization(self.operators, active=False):
                 latents, _ = roll(self.network, self.plan, group, GroupBatch(start, start, history, noise))
             wanted = {i: latents[i - group.start] for i in (*inner, group.stop)}

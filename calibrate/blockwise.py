@@ -103,11 +103,12 @@ def _learn(
     compute = fast_compute(wanted.device) if spec.compute == "auto" else torch.float32
     weights = [op.weight_quantizer for op in operators.values() if op.weight_quantizer is not None]
     for weight in weights:
-        weight.learn(spec.rounding)
+        weight.learn(spec.rounding, scale=spec.weight_scale_rate > 0)
     quantizers = [q for op in operators.values() for q in op.quantizers]
     kinds: list[tuple[list[nn.Parameter], float]] = [
         ([q.log_scale for q in quantizers], spec.scale_rate),
         ([q.zero_point for q in quantizers if q.zero_point.requires_grad], spec.zero_point_rate),
+        ([w.gain for w in weights if w.gain is not None], spec.weight_scale_rate),
         ([w.choice for w in weights if w.choice is not None], spec.rounding_rate),
     ]
     optimizer = torch.optim.Adam([{"params": p, "lr": r, "rate": r} for p, r in kinds if p], betas=(0.9, 0.99))

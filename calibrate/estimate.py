@@ -57,7 +57,7 @@ def estimate(
     per_group = rows / len(cut(plan, spec.group, spec.grouping))
     teacher = (spec.trajectories + spec.held_out) * rows / spec.batch * plain
     judging = (spec.checks + 1) * spec.held_out * rows / spec.batch * quantized
-    learning = spec.iterations * ((per_group - 1) * quantized + per_group * both)
+    learning = spec.warmup * both + spec.iterations * ((per_group - 1) * quantized + per_group * both)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     # Rounding variables, their gradient and two moments: four more numbers for every weight.
     return Estimate(teacher + judging + learning, 6 * weights + sum(saved.values()))

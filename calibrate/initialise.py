@@ -1,5 +1,6 @@
 """Starting scales, from what the full-precision network shows along teacher trajectories."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -32,17 +33,23 @@ def initialise(
             pick = mse_weight_scale if method == "mse" else max_weight_scale
             weight.set_scale(pick(weight.weight, weight.grid))
 
-    rows = torch.linspace(0, len(plan) - 1, min(OBSERVED_STEPS, len(plan))).round().int().tolist()
+    table = next((q.table for op in operators.values() for q in op.quantizers), None)
+    wanted = OBSERVED_STEPS if table is None else max(OBSERVED_STEPS, 2 * len(table))
+    rows = torch.linspace(0, len(plan) - 1, min(wanted, len(plan))).round().int().tolist()
     device = next(network.parameters()).device
     passes = 2 * len(rows)
 
-    def watch(see: Callable[[str, int, Tensor], None], done: int) -> None:
+    Key = tuple[str, int, int]  # operator, input, row of its table
+    row = 0
+
+    def watch(see: Callable[[Key, Tensor], None], done: int) -> None:
         """Run the float network over the chosen states and show `see` every operator input."""
+        nonlocal row
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def look(_: nn.Module, inputs: tuple[Any, ...]) -> None:
                 for index, x in enumerate(inputs):
-                    see(name, index, x)
+                    see((name, index, row), x)
 
             return look
 
@@ -50,6 +57,7 @@ def initialise(
         try:
             with quantization(operators, active=False):
                 for n, i in enumerate(rows):
+                    row = 0 if table is None else table.row(plan.steps[i].timestep)
                     call(network, plan, i, teacher.states[i, :OBSERVED_TRAJECTORIES].to(device))
                     if progress is not None:
                         progress(done + n + 1, passes)
@@ -57,11 +65,11 @@ def initialise(
             for handle in handles:
                 handle.remove()
 
-    ranges = {(name, k): Range() for name, op in operators.items() for k in range(len(op.inputs))}
-    watch(lambda name, k, x: ranges[name, k].add(x), 0)
+    ranges: dict[Key, Range] = defaultdict(Range)
+    watch(lambda key, x: ranges[key].add(x), 0)
     histograms = {key: Histogram(seen.low, seen.high) for key, seen in ranges.items()}
-    watch(lambda name, k, x: histograms[name, k].add(x), len(rows))
-    for (name, k), seen in histograms.items():
+    watch(lambda key, x: histograms[key].add(x), len(rows))
+    find = mse_activation if method == "mse" else min_max
+    for (name, k, at), seen in histograms.items():
         quantizer = operators[name].quantizers[k]
-        find = mse_activation if method == "mse" else min_max
-        quantizer.set(*find(seen, quantizer.grid))
+        quantizer.set(*find(seen, quantizer.grid), at)

@@ -11,7 +11,7 @@ quantized operator is exactly the float one, so that teacher and student share t
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,28 +30,47 @@ class MatMul(nn.Module):
         return torch.matmul(a, b)
 
 
+class RowTable(Protocol):
+    """Which of a quantizer's sets of parameters the current call uses; sharing.py makes one."""
+
+    current: int
+    bounds: tuple[float, ...]
+
+    def __len__(self) -> int: ...
+
+    def row(self, timestep: float) -> int: ...
+
+
 class ActivationQuantizer(nn.Module):
-    """Per-tensor quantization with learnable log scale and, on asymmetric grids, learnable zero point."""
+    """Per-tensor quantization with learnable log scale and, on asymmetric grids, learnable zero point.
+
+    With a table both have a row for each stretch of the chain.
+    """
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.zero_point = nn.Parameter(torch.zeros(()), requires_grad=not grid.symmetric)
+        self.table: RowTable | None = None
 
-    def set(self, scale: Tensor, zero_point: Tensor) -> None:
-        with torch.no_grad():
-            self.log_scale.copy_(scale.log())
-            self.zero_point.copy_(zero_point)
+    @torch.no_grad()
+    def set(self, scale: Tensor, zero_point: Tensor, row: int | None = None) -> None:
+        """Set the parameters, those of one row if there is a table and `row` is given."""
+        here = ... if row is None or self.table is None else row
+        self.log_scale[here] = scale.log().to(self.log_scale)
+        self.zero_point[here] = zero_point.to(self.zero_point)
 
     @property
     def scale(self) -> Tensor:
+        """() or, with a table, (K,)."""
         return self.log_scale.exp()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Centred codes of x, and the scale that turns them back into values."""
-        scale = self.scale
-        zero_point = self.zero_point.clamp(self.grid.q_min, self.grid.q_max)
+        scale, zero_point = self.scale, self.zero_point.clamp(self.grid.q_min, self.grid.q_max)
+        if self.table is not None:
+            scale, zero_point = scale[self.table.current], zero_point[self.table.current]
         return centred_codes(x, scale, zero_point, self.grid), scale
 
 

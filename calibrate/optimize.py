@@ -20,6 +20,7 @@ from .journal import Journal, Snapshot, pack_optimizer, unpack_optimizer
 from .layers import QuantizedOperator, fast_compute, quantization
 from .multistep import accumulate_gradient, cut
 from .rounding import annealed_beta, training_codes
+from .sharing import tabulate
 from .spec import CalibrationSpec
 from .trajectory import Trajectory, simulate
 
@@ -63,6 +64,8 @@ def calibrate(
         if report is not None:
             report(stage, done, total, loss)
 
+    if spec.table > 1:
+        tabulate(network, operators, plan, spec.table)
     initialise(network, operators, plan, teacher, spec.initialisation, lambda d, t: tell("ranges", d, t))
     learner = _Learner(network, operators, plan, teacher, spec)
     outcome = Outcome()
@@ -73,11 +76,10 @@ def calibrate(
     if snapshot is not None:
         start, norm = snapshot.iteration, snapshot.record["norm"]
         outcome = Outcome({int(k): v for k, v in snapshot.record["held_out"].items()}, snapshot.record["kept"])
-        learner.restore({k.removeprefix("now/"): v for k, v in snapshot.tensors.items() if k.startswith("now/")})
-        best = {k.removeprefix("best/"): v for k, v in snapshot.tensors.items() if k.startswith("best/")}
-        learner.batches.restore(
-            {k.removeprefix("lane/"): v for k, v in snapshot.tensors.items() if k.startswith("lane/")}
-        )
+        learner.restore(snapshot.under("now"))
+        best = snapshot.under("best")
+        learner.warmup.restore(snapshot.under("warmup"))
+        learner.groups.restore(snapshot.under("groups"))
         unpack_optimizer(learner.optimizer, snapshot.tensors)
 
     def judge_now(iteration: int) -> None:
@@ -88,22 +90,23 @@ def calibrate(
 
     def record(iteration: int) -> None:
         tensors = {f"now/{k}": v for k, v in learner.state().items()} | {f"best/{k}": v for k, v in best.items()}
-        tensors |= {f"lane/{k}": v for k, v in learner.batches.state().items()}
+        for name, batches in (("warmup", learner.warmup), ("groups", learner.groups)):
+            tensors |= {f"{name}/{k}": v for k, v in batches.state().items()}
         written = {"held_out": outcome.held_out, "kept": outcome.kept, "norm": norm}
         journal.write(Snapshot(iteration, tensors | pack_optimizer(learner.optimizer), written))
 
     if 0 not in outcome.held_out:
         judge_now(0)
-    every = max(1, math.ceil(spec.iterations / spec.checks))
+    every = max(1, math.ceil(spec.total / spec.checks))
     save_every = max(1, min(every, 20))
-    for iteration in range(start, spec.iterations):
+    for iteration in range(start, spec.total):
         loss, norm = learner.step(iteration, norm)
         done = iteration + 1
-        if done % every == 0 or done == spec.iterations:
+        if done % every == 0 or done == spec.total:
             judge_now(done)
-        if done % save_every == 0 or done == spec.iterations:
+        if done % save_every == 0 or done == spec.total:
             record(done)
-        tell("multi-step", done, spec.iterations, loss)
+        tell("multi-step", done, spec.total, loss)
     learner.restore(best)
     for operator in operators.values():
         operator.active = True
@@ -136,14 +139,15 @@ class _Learner:
         spec: CalibrationSpec,
     ) -> None:
         self.network, self.operators, self.plan, self.spec = network, operators, plan, spec
-        self.batches = Batches(network, operators, plan, teacher, cut(plan, spec.group, spec.grouping), spec)
+        self.warmup = Batches(network, operators, plan, teacher, cut(plan, 1), spec)
+        self.groups = Batches(network, operators, plan, teacher, cut(plan, spec.group, spec.grouping), spec)
         with quantization(operators, active=False):
             self.carry = carry(plan, spec.gradient, network, teacher)
         device = next(network.parameters()).device
         self.compute = fast_compute(device) if spec.compute == "auto" else torch.float32
         self.weights = [op.weight_quantizer for op in operators.values() if op.weight_quantizer is not None]
         for weight in self.weights:
-            weight.learn(spec.rounding)
+            weight.learn(spec.rounding, scale=spec.weight_scale_rate > 0)
         if spec.bias_rate:
             for operator in operators.values():
                 operator.learn_bias()
@@ -153,6 +157,7 @@ class _Learner:
             "scale": ([q.log_scale for q in quantizers], spec.scale_rate),
             "zero_point": ([q.zero_point for q in quantizers if q.zero_point.requires_grad], spec.zero_point_rate),
             "bias": ([op.shift for op in operators.values() if op.shift is not None], spec.bias_rate),
+            "weight_scale": ([w.gain for w in self.weights if w.gain is not None], spec.weight_scale_rate),
             "choice": ([w.choice for w in self.weights if w.choice is not None], spec.rounding_rate),
         }
         self.variables = {f"{k}/{i}": v for k, (many, _) in kinds.items() for i, v in enumerate(many)}
@@ -172,14 +177,16 @@ class _Learner:
     def step(self, iteration: int, norm: float) -> tuple[float, float]:
         """One iteration; returns the group's loss and the updated running gradient norm."""
         spec = self.spec
-        progress = iteration / spec.iterations
+        progress = iteration / spec.total
         for variables, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             variables["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
         self.optimizer.zero_grad(set_to_none=True)
-        group, data = self.batches.draw(iteration)
+        warm = iteration < spec.warmup
+        batches, number = (self.warmup, iteration) if warm else (self.groups, iteration - spec.warmup)
+        group, data = batches.draw(number)
         with quantization(self.operators, True, self.compute), training_codes(self.weights):
             ended = accumulate_gradient(self.network, self.plan, group, data, self.carry, spec.between, spec.width)
-        self.batches.keep(iteration, group, data, ended)
+        batches.keep(number, group, data, ended)
         loss = float(ended.loss)
         if spec.rounding == "adaround" and math.isfinite(beta := annealed_beta(progress)):
             for weight in self.weights:

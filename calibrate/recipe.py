@@ -21,7 +21,10 @@ from .scheme import OperatorKind, QuantScheme, Role
 
 
 class ActivationRecipe(BaseModel):
-    """One activation input: x is stored as clamp(round(x / scale) + zero_point, q_min, q_max)."""
+    """One activation input: x is stored as clamp(round(x / scale) + zero_point, q_min, q_max).
+
+    `rows` is empty, or holds scale and zero point for every stretch of the chain, the first of which is repeated above.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -29,6 +32,7 @@ class ActivationRecipe(BaseModel):
     signed: bool
     scale: float = Field(gt=0)
     zero_point: int
+    rows: tuple[tuple[float, int], ...] = ()
 
 
 class OperatorRecipe(BaseModel):
@@ -51,6 +55,7 @@ class RecipeFacts(BaseModel):
     state: Literal["frozen"] = "frozen"
     scheme: QuantScheme
     operators: dict[str, OperatorRecipe]
+    step_bounds: tuple[float, ...] = ()  # row k of the tables ends where the timestep falls below step_bounds[k]
     provenance: dict[str, Any]
 
 
@@ -96,16 +101,22 @@ def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provena
         inputs = []
         for quantizer in operator.quantizers:
             grid = quantizer.grid
-            zero = float(quantizer.zero_point.clamp(grid.q_min, grid.q_max).round())
+            steps = quantizer.scale.reshape(-1).tolist()
+            zeros = quantizer.zero_point.clamp(grid.q_min, grid.q_max).round().int().reshape(-1).tolist()
+            rows = tuple(zip(steps, zeros, strict=True))
             try:
                 inputs.append(
                     ActivationRecipe(
-                        bits=grid.bits, signed=grid.signed, scale=float(quantizer.scale), zero_point=int(zero)
+                        bits=grid.bits,
+                        signed=grid.signed,
+                        scale=rows[0][0],
+                        zero_point=rows[0][1],
+                        rows=rows if len(rows) > 1 else (),
                     )
                 )
             except (ValidationError, ValueError, OverflowError) as error:
                 raise AccuQuantError(
-                    f"layer {name}: activation scale {float(quantizer.scale)}; calibrate again"
+                    f"layer {name}: activation scale {quantizer.scale.tolist()}; calibrate again"
                 ) from error
         weight = operator.weight_quantizer
         if weight is not None:
@@ -117,4 +128,6 @@ def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provena
             weight_bits=None if weight is None else weight.grid.bits,
             inputs=tuple(inputs),
         )
-    return Recipe(RecipeFacts(scheme=scheme, operators=facts, provenance=provenance), codes, scales)
+    table = next((q.table for op in operators.values() for q in op.quantizers), None)
+    bounds = () if table is None else table.bounds
+    return Recipe(RecipeFacts(scheme=scheme, operators=facts, step_bounds=bounds, provenance=provenance), codes, scales)

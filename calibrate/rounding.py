@@ -10,6 +10,10 @@ For a weight w with per-output-channel scale s, on the signed symmetric grid:
 AdaRound trains on soft weights and hardens them slowly: exact at the end, but it wants thousands of iterations. The
 offset form trains on the very integers that will be deployed, which suits a budget of hundreds. Both choose between
 the two neighbours of w / s, and both start at rounding to nearest.
+
+The scale can be learned too, as s = s_0 exp(g) with one g per output channel; its gradient is LSQ's, through the codes
+(straight through the rounding) and through the product. AdaRound keeps the neighbours its scale gave it: its codes have
+no gradient with respect to s.
 """
 
 import math
@@ -30,28 +34,37 @@ class WeightQuantizer(nn.Module):
     """A frozen float weight (C, ...) and how it is put on the grid; `forward` gives its codes as floats."""
 
     weight: Tensor
-    scale: Tensor
+    start: Tensor
 
     def __init__(self, weight: Tensor, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
         self.rounding: Rounding = "nearest"
         self.register_buffer("weight", weight.detach())  # the layer's own, which nobody writes to
-        self.register_buffer("scale", torch.ones(weight.shape[0], *[1] * (weight.ndim - 1)))
+        self.register_buffer("start", torch.ones(weight.shape[0], *[1] * (weight.ndim - 1)))
         self.choice: nn.Parameter | None = None
+        self.gain: nn.Parameter | None = None
         self.soft = False  # AdaRound only: train on the soft weights, deploy the hard ones
         self._shared: Tensor | None = None
 
-    def set_scale(self, scale: Tensor) -> None:
-        self.scale.copy_(scale)
+    @property
+    def scale(self) -> Tensor:
+        """One per output channel, (C, 1, ...)."""
+        return self.start if self.gain is None else self.start * self.gain.exp()
 
-    def learn(self, rounding: Rounding) -> None:
-        """Attach the variable that learns the rounding: AdaRound's v or the offset d, one per weight."""
+    def set_scale(self, scale: Tensor) -> None:
+        self.start.copy_(scale)
+        self.gain = None
+
+    def learn(self, rounding: Rounding, scale: bool = False) -> None:
+        """Attach the variables that are learned: AdaRound's v or the offset d, one per weight; g, one per channel."""
         self.rounding = rounding
+        if scale:
+            self.gain = nn.Parameter(torch.zeros_like(self.start))
         if rounding == "nearest":
             self.choice = None
             return
-        v = self.weight / self.scale
+        v = self.weight / self.start
         if rounding == "offset":
             start = torch.zeros_like(v)
         else:
@@ -63,27 +76,23 @@ class WeightQuantizer(nn.Module):
         return self._codes_with_gradient() if self._shared is None else self._shared
 
     def _codes_with_gradient(self) -> Tensor:
-        v = self.weight / self.scale
-        if self.rounding == "adaround" and self.soft:
-            codes = v.floor() + self._h()
-        elif self.choice is not None and self.rounding == "offset":
-            moved = v + self.choice
-            codes = moved + (torch.round(moved) - moved).detach()
+        if self.rounding == "adaround":
+            v = (self.weight / self.scale).detach().floor()
+            codes = v + (self._h() if self.soft else (self._h() >= 0.5).to(v.dtype))
         else:
-            codes = self.codes().to(v.dtype)
+            v = self.weight / self.scale
+            moved = v if self.choice is None else v + self.choice
+            codes = moved + (torch.round(moved) - moved).detach()
         return codes.clamp(self.grid.q_min, self.grid.q_max)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
         """The integers as they will be stored, int8 (C, ...)."""
-        v = self.weight / self.scale
-        if self.choice is None:
-            codes = torch.round(v)
-        elif self.rounding == "offset":
-            codes = torch.round(v + self.choice)
-        else:
-            codes = v.floor() + (self._h() >= 0.5)
-        return codes.clamp(self.grid.q_min, self.grid.q_max).to(torch.int8)
+        soft, self.soft = self.soft, False
+        try:
+            return self._codes_with_gradient().to(torch.int8)
+        finally:
+            self.soft = soft
 
     def _h(self) -> Tensor:
         assert self.choice is not None
@@ -104,9 +113,9 @@ class WeightQuantizer(nn.Module):
 def training_codes(weights: Iterable[WeightQuantizer]) -> Iterator[None]:
     """Within the block, weights are quantized once instead of at every network call, and soft if they are AdaRound's.
 
-    The calls' gradients gather on the codes; leaving the block carries their sum on to the rounding variables.
+    The calls' gradients gather on the codes; leaving the block carries their sum on to the variables.
     """
-    learning = [w for w in weights if w.choice is not None]
+    learning = [w for w in weights if w.choice is not None or w.gain is not None]
     codes = []
     for weight in learning:
         weight.soft = True

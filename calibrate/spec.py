@@ -25,10 +25,12 @@ class CalibrationSpec(BaseModel):
     grouping: Grouping = Field("count", description="groups of equal count, or of equal angle between signal and noise")
     gradient: Gradient = "exact"
     start: Start = Field("teacher", description="whose latents groups start from")
-    target: Aim = Field("trajectory", description="end of the teacher's trajectory, or its end from the same start")
+    aim: Aim = Field("trajectory", description="end of the teacher's trajectory, or its end from the same start")
+    table: int = Field(1, ge=1, description="sets of activation parameters along the chain; 1 shares one by all steps")
     between: float = Field(0.0, ge=0, description="weight of the latents inside a group beside its end")
     rounding: Rounding = "offset"
-    iterations: int = Field(200, ge=0)
+    warmup: int = Field(0, ge=0, description="iterations on groups of one step before the others")
+    iterations: int = Field(200, ge=0, description="iterations on groups of M steps")
     batch: int = Field(8, ge=1, description="trajectories per iteration")
     width: int = Field(16, ge=1, description="samples that may share a call of the injected gradient's second pass")
     trajectories: int = Field(64, ge=1)
@@ -36,12 +38,18 @@ class CalibrationSpec(BaseModel):
     checks: int = Field(4, ge=1, description="how often the held-out trajectories are sampled to the end")
     scale_rate: float = Field(2e-3, gt=0, description="Adam's step for log scales")
     zero_point_rate: float = Field(0.05, gt=0, description="Adam's step for zero points, in codes")
+    weight_scale_rate: float = Field(0.0, ge=0, description="Adam's step for log scales of weights; 0 leaves them")
     bias_rate: float = Field(0.0, ge=0, description="Adam's step for biases; 0 leaves them as they are")
     rounding_rate: float = Field(2.5e-3, gt=0, description="Adam's step for the rounding variables")
     rounding_weight: float = Field(1e-2, ge=0, description="AdaRound's regulariser, relative to the loss")
     clip_norm: float = Field(10.0, gt=0, description="largest gradient norm, in multiples of its running mean")
     compute: Literal["auto", "float32"] = Field("auto", description="auto multiplies codes in bfloat16 where native")
     seed: int = Field(0, ge=0)
+
+    @property
+    def total(self) -> int:
+        """Iterations of both kinds."""
+        return self.warmup + self.iterations
 
 
 PRESETS: Mapping[PresetName, Mapping[str, Any]] = {

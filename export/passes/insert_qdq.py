@@ -22,7 +22,7 @@ def insert_qdq(model: ir.Model, recipe: Recipe) -> int:
     """Rewrite in place; returns how many Q/DQ pairs were made.
 
     Raises:
-        AccuQuantError: a layer of the recipe is not in the graph.
+        AccuQuantError: a layer of the recipe is not in the graph, or has a table of activation parameters.
     """
     nodes = operator_nodes(model)
     made: dict[tuple[int, ActivationRecipe], ir.Value] = {}
@@ -33,6 +33,11 @@ def insert_qdq(model: ir.Model, recipe: Recipe) -> int:
         for index, facts in enumerate(operator.inputs):
             x = node.inputs[index]
             assert x is not None
+            if facts.rows:
+                raise AccuQuantError(
+                    f"layer {name} has {len(facts.rows)} activation scales along the chain; such recipes run in "
+                    "simulation only so far: calibrate with one set (table = 1) to export"
+                )
             key = (id(x), facts)
             if key not in made:
                 made[key] = _pair(model, node, x, f"{name}.input{index}", facts)

@@ -82,7 +82,7 @@ def test_a_lane_keeps_its_trajectories_to_the_end_of_the_chain_and_then_takes_ot
 
 def test_a_local_target_is_the_teachers_end_from_the_same_start(tiny):
     """And with the trajectory as target, the same start is asked to come back to it."""
-    run, groups, batches = batches_of(tiny, start="student", target="local", between=0.5, sampler="plms")
+    run, groups, batches = batches_of(tiny, start="student", aim="local", between=0.5, sampler="plms")
     checked = 0
     for group, data, _ in walk(run, batches, range(3 * len(groups))):
         with quantization(run.operators, active=False):

@@ -44,7 +44,7 @@ def stop_after(iteration: int):
         ({"rounding": "nearest", "gradient": "injected-1"}, 3),
         ({"sampler": "plms"}, 3),
         ({"sampler": "ddim-eta1", "group": 4}, 7),
-        ({"start": "student", "sampler": "plms", "target": "local", "between": 0.2, "iterations": 12}, 7),
+        ({"start": "student", "sampler": "plms", "aim": "local", "warmup": 3, "between": 0.2, "iterations": 9}, 7),
         ({"start": "student", "grouping": "angle", "gradient": "measured", "iterations": 12}, 9),
     ],
 )

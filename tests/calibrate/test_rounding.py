@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuquant.calibrate.grid import Grid
 from accuquant.calibrate.observers import max_weight_scale, mse_weight_scale
-from accuquant.calibrate.rounding import WeightQuantizer, annealed_beta
+from accuquant.calibrate.rounding import WeightQuantizer, annealed_beta, training_codes
 
 LEARNED = ["adaround", "offset"]
 
@@ -130,3 +130,30 @@ def test_beta_is_off_through_the_warm_up_and_then_falls_from_20_to_2():
     assert betas[0] == pytest.approx(20)
     assert betas[-1] == pytest.approx(2)
     assert betas == sorted(betas, reverse=True)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "offset"])
+def test_learned_scale_has_the_gradient_of_lsq(rounding):
+    """dQ/dg = s (q - (w/s + d)) inside the grid, s q outside; and the start is the scale that was set."""
+    q = quantizer(rounding, pick=mse_weight_scale).double()
+    q.learn(rounding, scale=True)
+    assert torch.equal(q.scale, q.start)
+    given = torch.randn(q.weight.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    with training_codes([q]):
+        (q() * q.scale * given).sum().backward()
+    v = q.weight / q.start
+    codes = torch.round(v).clamp(q.grid.q_min, q.grid.q_max)
+    inside = torch.round(v) == codes
+    wanted = (given * q.start * torch.where(inside, codes - v, codes)).flatten(1).sum(1)
+    torch.testing.assert_close(q.gain.grad.flatten(), wanted)
+
+
+def test_a_learned_scale_rounds_anew_and_is_what_is_stored():
+    q = quantizer("offset", pick=max_weight_scale)
+    q.learn("offset", scale=True)
+    before = q.codes()
+    with torch.no_grad():
+        q.gain.fill_(-0.5)
+    torch.testing.assert_close(q.scale, q.start * 0.6065, rtol=1e-4, atol=0)
+    assert not torch.equal(q.codes(), before)
+    assert torch.equal(q.codes(), torch.round(q.weight / q.scale).clamp(q.grid.q_min, q.grid.q_max).to(torch.int8))
