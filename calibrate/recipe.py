@@ -1,6 +1,7 @@
 """The recipe: what calibration learned, frozen, ready to be lowered.
 
-Two files. `recipe.safetensors` holds per weighted operator its integer weight (int8 container) and per-channel scale;
+Two files. `recipe.safetensors` holds per weighted operator its integer weight (int8 container) and per-channel scale,
+and what was learned on top of its bias, if anything;
 `recipe.json` the scales and zero points of activations, the scheme, and how they came to be. Weights are stored as the
 integers that will run, so no later stage rounds again.
 """
@@ -60,10 +61,16 @@ class RecipeFacts(BaseModel):
 
 
 class Recipe:
-    """Facts and tensors together; `codes[name]` int8 (C, ...), `scales[name]` float32 (C,)."""
+    """Facts and tensors together: `codes[name]` int8 (C, ...), `scales[name]` and `shifts[name]` float32 (C,)."""
 
-    def __init__(self, facts: RecipeFacts, codes: dict[str, Tensor], scales: dict[str, Tensor]) -> None:
-        self.facts, self.codes, self.scales = facts, codes, scales
+    def __init__(
+        self,
+        facts: RecipeFacts,
+        codes: dict[str, Tensor],
+        scales: dict[str, Tensor],
+        shifts: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.facts, self.codes, self.scales, self.shifts = facts, codes, scales, shifts or {}
         for name, scale in scales.items():
             if not (torch.isfinite(scale) & (scale > 0)).all():
                 raise AccuQuantError(f"layer {name}: a weight scale is zero, negative or not finite; calibrate again")
@@ -71,6 +78,7 @@ class Recipe:
     def save(self, folder: Path) -> None:
         tensors = {f"{name}.codes": codes for name, codes in self.codes.items()}
         tensors |= {f"{name}.scale": scale for name, scale in self.scales.items()}
+        tensors |= {f"{name}.shift": shift for name, shift in self.shifts.items()}
         with atomic(folder / "recipe.safetensors") as part:
             save_file({k: v.contiguous() for k, v in tensors.items()}, part)
         write_text(folder / "recipe.json", self.facts.model_dump_json(indent=1) + "\n")
@@ -82,9 +90,11 @@ class Recipe:
             tensors = load_file(folder / "recipe.safetensors")
         except (OSError, ValidationError, UnicodeDecodeError, SafetensorError) as error:
             raise AccuQuantError(f"{folder} holds no usable recipe: {error}") from error
-        codes = {k.removesuffix(".codes"): v for k, v in tensors.items() if k.endswith(".codes")}
-        scales = {k.removesuffix(".scale"): v for k, v in tensors.items() if k.endswith(".scale")}
-        return cls(facts, codes, scales)
+        codes, scales, shifts = (
+            {k.removesuffix(end): v for k, v in tensors.items() if k.endswith(end)}
+            for end in (".codes", ".scale", ".shift")
+        )
+        return cls(facts, codes, scales, shifts)
 
 
 @torch.no_grad()
@@ -97,14 +107,15 @@ def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provena
     facts: dict[str, OperatorRecipe] = {}
     codes: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
+    shifts: dict[str, Tensor] = {}
     for name, operator in operators.items():
         inputs = []
         for quantizer in operator.quantizers:
             grid = quantizer.grid
             steps = quantizer.scale.reshape(-1).tolist()
-            zeros = quantizer.zero_point.clamp(grid.q_min, grid.q_max).round().int().reshape(-1).tolist()
-            rows = tuple(zip(steps, zeros, strict=True))
+            zeros = quantizer.zero_point.clamp(grid.q_min, grid.q_max).round().reshape(-1).tolist()
             try:
+                rows = tuple((step, int(zero)) for step, zero in zip(steps, zeros, strict=True))
                 inputs.append(
                     ActivationRecipe(
                         bits=grid.bits,
@@ -122,6 +133,8 @@ def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provena
         if weight is not None:
             codes[name] = weight.codes().cpu()
             scales[name] = weight.scale.flatten().float().cpu()
+        if operator.shift is not None:
+            shifts[name] = operator.shift.float().cpu().clone()
         facts[name] = OperatorRecipe(
             kind=operator.kind,
             role=operator.role,
@@ -130,4 +143,5 @@ def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provena
         )
     table = next((q.table for op in operators.values() for q in op.quantizers), None)
     bounds = () if table is None else table.bounds
-    return Recipe(RecipeFacts(scheme=scheme, operators=facts, step_bounds=bounds, provenance=provenance), codes, scales)
+    known = RecipeFacts(scheme=scheme, operators=facts, step_bounds=bounds, provenance=provenance)
+    return Recipe(known, codes, scales, shifts)

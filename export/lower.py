@@ -4,6 +4,7 @@ import onnx_ir as ir
 
 from ..calibrate.recipe import Recipe
 from ..calibrate.scheme import TargetName
+from .passes.correct_bias import correct_bias
 from .passes.group_norm_affine import group_norm_affine
 from .passes.insert_qdq import insert_qdq
 from .passes.store_weights import store_weights
@@ -19,6 +20,7 @@ def lower(float_graph: ir.Model, recipe: Recipe, target: TargetName) -> tuple[ir
     for model in (twin, quantized):
         for rewrite in FLOAT_REWRITES[target]:
             rewrite(model)
+    correct_bias(quantized, recipe)
     store_weights(quantized, recipe)
     insert_qdq(quantized, recipe)
     return quantized, twin

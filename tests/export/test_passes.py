@@ -131,6 +131,31 @@ def test_lowered_graph_computes_what_the_simulation_computes(tiny, tmp_path, bit
     assert sqnr(simulation, out) > sqnr(fp, simulation) + 3
 
 
+@pytest.mark.parametrize("folded", [True, False])
+def test_learned_biases_reach_the_graph(tiny, tmp_path, folded):
+    """The simulation with random shifts, to within float summation; with and without a bias of the layer's own."""
+    made = Lowered(tiny, weight_bits=8, activation_bits=8)
+    generator = torch.Generator().manual_seed(0)
+    for name, operator in made.operators.items():
+        if operator.weight_quantizer is not None:
+            operator.learn_bias()
+            if not folded and name.endswith("conv1"):
+                operator.conv.bias = None
+            with torch.no_grad():
+                operator.shift.normal_(0, 0.1, generator=generator)
+    made.recipe = freeze(made.operators, made.scheme, {})
+    made.recipe.save(tmp_path)
+    made.recipe = type(made.recipe).load(tmp_path)
+    quantized, twin = lower(trace_float(made.network, made.operators, tiny.SHAPE), made.recipe, "cpu")
+    got = made.run(quantized, tmp_path / "q.onnx")
+    wanted = made.torch_output(active=True)
+    assert sqnr(wanted, got) > 35
+    for operator in made.operators.values():
+        operator.shift = None
+    assert sqnr(made.torch_output(active=True), got) < 20
+    assert not any("bias.corrected" in (v or "") for v in twin.graph.initializers)
+
+
 def test_six_bit_activations_stay_on_their_grid(tiny):
     lowered = Lowered(tiny, weight_bits=4, activation_bits=6)
     quantized, _ = lower(lowered.graph, lowered.recipe, "cpu")

@@ -1,0 +1,60 @@
+"""Add what calibration learned on top of a layer's bias.
+
+    y = w * x + b   ->   y = w * x + (b + d)
+
+Conv and Gemm carry their bias, a constant that is replaced (or made). A MatMul has none; an Add of d follows it, which
+compilers fold into the Add of b behind.
+
+Requires: every layer of recipe.shifts is a node of that name. Ensures: the float bias seen by the operator is b + d.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from ...calibrate.recipe import Recipe
+from ...runtime.errors import AccuQuantError
+from ..graph import operator_nodes
+
+
+def correct_bias(model: ir.Model, recipe: Recipe) -> int:
+    """Rewrite in place; returns how many layers were corrected.
+
+    Raises:
+        AccuQuantError: a layer of the recipe is not in the graph, or its bias is no constant.
+    """
+    nodes = operator_nodes(model)
+    for name, shift in recipe.shifts.items():
+        node = nodes.get(name)
+        if node is None:
+            raise AccuQuantError(f"layer {name} of the recipe is not in the graph; recipe and checkpoint do not fit")
+        learned = shift.numpy()
+        if node.op_type == "MatMul":
+            _add_behind(model, node, _constant(model, f"{name}.bias.learned", learned))
+            continue
+        old = node.inputs[2] if len(node.inputs) > 2 else None
+        if old is not None:
+            if old.const_value is None:
+                raise AccuQuantError(f"layer {name}: its bias is not a constant of the graph")
+            learned = old.const_value.numpy() + learned
+        else:
+            node.resize_inputs(3)
+        node.replace_input_with(2, _constant(model, f"{name}.bias.corrected", learned))
+        if old is not None and not old.uses() and old.name is not None and old.name in model.graph.initializers:
+            del model.graph.initializers[old.name]
+    return len(recipe.shifts)
+
+
+def _add_behind(model: ir.Model, node: ir.Node, value: ir.Value) -> None:
+    product = node.outputs[0]
+    consumers = list(product.uses())
+    add = ir.Node("", "Add", [product, value], name=f"{node.name}.bias.add")
+    add.outputs[0].name = f"{node.name}.bias.added"
+    model.graph.insert_after(node, add)
+    for usage in consumers:
+        usage.node.replace_input_with(usage.idx, add.outputs[0])
+
+
+def _constant(model: ir.Model, name: str, value: np.ndarray) -> ir.Value:
+    made = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(value, dtype=np.float32), name=name))
+    model.graph.register_initializer(made)
+    return made
