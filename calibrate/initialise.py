@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..runtime.plan import SamplingPlan
 from .layers import QuantizedOperator, quantization
-from .observers import Histogram, Range, max_weight_scale, min_max, mse_activation, mse_weight_scale
+from .observers import Histogram, Range, max_weight_scale, min_max, mse_activation, mse_weight_scale, percentile
 from .spec import Initialisation
 from .trajectory import Progress, Trajectory, call
 
@@ -26,11 +26,11 @@ def initialise(
     method: Initialisation,
     progress: Progress | None = None,
 ) -> None:
-    """Set every scale and zero point: least squared error ("mse") or full range ("min-max"), for weights and inputs."""
+    """Set every scale and zero point, for inputs by `method`; weights clip nothing with "min-max", else err least."""
     for operator in operators.values():
         weight = operator.weight_quantizer
         if weight is not None:
-            pick = mse_weight_scale if method == "mse" else max_weight_scale
+            pick = max_weight_scale if method == "min-max" else mse_weight_scale
             weight.set_scale(pick(weight.weight, weight.grid))
 
     table = next((q.table for op in operators.values() for q in op.quantizers), None)
@@ -69,7 +69,7 @@ def initialise(
     watch(lambda key, x: ranges[key].add(x), 0)
     histograms = {key: Histogram(seen.low, seen.high) for key, seen in ranges.items()}
     watch(lambda key, x: histograms[key].add(x), len(rows))
-    find = mse_activation if method == "mse" else min_max
+    find = {"mse": mse_activation, "min-max": min_max, "percentile": percentile}[method]
     for (name, k, at), seen in histograms.items():
         quantizer = operators[name].quantizers[k]
         quantizer.set(*find(seen, quantizer.grid), at)

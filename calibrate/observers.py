@@ -61,6 +61,16 @@ def min_max(seen: Histogram, grid: Grid) -> tuple[Tensor, Tensor]:
     return grid.affine(torch.tensor(seen.low, dtype=torch.float64), torch.tensor(seen.high, dtype=torch.float64))
 
 
+def percentile(seen: Histogram, grid: Grid, kept: float = 0.9999) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, float64 scalars, of the range between the quantiles (1 - kept) / 2 and (1 + kept) / 2."""
+    share = seen.counts.cumsum(0) / seen.counts.sum()
+    low = int((share < (1 - kept) / 2).sum())
+    high = min(BINS - 1, int((share < (1 + kept) / 2).sum()))
+    width = (seen.high - seen.low) / BINS
+    edges = torch.tensor([seen.low + width * low, seen.low + width * (high + 1)], dtype=torch.float64)
+    return grid.affine(edges[0], edges[1])
+
+
 def mse_activation(seen: Histogram, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero point, float64 scalars, of the range with the least squared error."""
     shrink = torch.linspace(1.0, 1.0 / SHRINK, SHRINK, dtype=torch.float64)

@@ -9,7 +9,7 @@ from .carry import Gradient
 from .multistep import Grouping
 from .rounding import Rounding
 
-Initialisation = Literal["mse", "min-max"]
+Initialisation = Literal["mse", "min-max", "percentile"]
 Start = Literal["teacher", "student"]
 Aim = Literal["trajectory", "local"]
 PresetName = Literal["smoke", "default", "best"]

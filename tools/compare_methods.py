@@ -1,169 +1,189 @@
 """Calibration methods side by side: same checkpoint, grids, layer policy, trajectories, budget and seeds.
 
-    min-max       full observed ranges, weights rounded to nearest; nothing learned
-    mse           ranges of least squared error, weights rounded to nearest; nothing learned
-    per-step      learned with groups of one step (M = 1): every step judged by itself
-    multi-step    learned with groups of M steps, judged at the group's end
+    methods     min-max, percentile, mse (nothing learned); block-wise reconstruction; per-step (M = 1); multi-step
+    m           groups of M = 1 .. the whole chain
+    gradient    exact, and the injected forms
+    start       groups that start from the teacher or where the student is, and what they must end in
+    sharing     one set of activation parameters, or one for each stretch of the chain
+    learned     what is learned beside activation ranges: nothing, rounding, weight scales, biases
 
-The budget of the two learners is equal in network calls: per-step gets M times the iterations. Every method is lowered
-to the same graph and sampled on this machine's engine, and its pictures are compared with those of the fp twin.
+Whoever learns has the budget of the first multi-step entry in network calls (contest.py says how they are counted);
+seconds are measured. One JSON and its plots come out.
 
     python tools/compare_methods.py tools/reference/fashion-ddim.ckpt --bits 4/8 --out tools/results/methods-w4a8.json
+    python tools/compare_methods.py tools/reference/fashion-ddim.ckpt --sweep m --out tools/results/m-w4a8.json
 """
 
 import json
-import tempfile
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
-from accuquant.calibrate.families import load_model
-from accuquant.calibrate.journal import Journal
-from accuquant.calibrate.layers import quantize_operators
-from accuquant.calibrate.optimize import calibrate
-from accuquant.calibrate.recipe import freeze
 from accuquant.calibrate.scheme import QuantScheme, parse_bits
 from accuquant.calibrate.spec import CalibrationSpec
-from accuquant.calibrate.trace import trace
-from accuquant.calibrate.trajectory import simulate
-from accuquant.export.build import JUDGE_SEEDS, TEACHER_SEEDS, versions
-from accuquant.export.graph import save_graph, trace_float
-from accuquant.export.lower import lower
-from accuquant.runtime import noise
-from accuquant.runtime.console import bar, console, machine_facts
-from accuquant.runtime.engines import open_engine
-from accuquant.runtime.engines.base import EngineOptions
-from accuquant.runtime.fidelity import psnr, ssim
-from accuquant.runtime.files import write_text
-from accuquant.runtime.pictures import to_uint8
+from accuquant.export.build import versions
+from accuquant.export.figures import lines, markup
+from accuquant.runtime.console import bar, command, console, machine_facts
+from accuquant.runtime.errors import AccuQuantError
+from accuquant.runtime.files import sha256, write_text
+from contest import DRIFT_SEEDS, Arena, Entry, cost, within
 from rich.table import Table
 
-BATCH = 16
+NOTHING: Mapping[str, Any] = {"iterations": 0, "warmup": 0, "rounding": "nearest"}
+PER_STEP: Mapping[str, Any] = {"group": 1, "warmup": 0, "start": "teacher", "gradient": "exact"}
 
 
-def methods(spec: CalibrationSpec) -> dict[str, CalibrationSpec]:
-    """The four methods as specifications; the learners spend equally many network calls."""
-    nothing = {"iterations": 0, "rounding": "nearest"}
-    return {
-        "min-max": spec.model_copy(update={**nothing, "initialisation": "min-max"}),
-        "mse": spec.model_copy(update=nothing),
-        "per-step": spec.model_copy(update={"group": 1, "iterations": spec.iterations * spec.group}),
-        "multi-step": spec,
-    }
+def methods(spec: CalibrationSpec) -> list[Entry]:
+    made = [
+        Entry("min-max", changed(spec, **NOTHING, initialisation="min-max")),
+        Entry("percentile", changed(spec, **NOTHING, initialisation="percentile")),
+        Entry("mse", changed(spec, **NOTHING)),
+        Entry("block-wise", changed(spec, batch=16, warmup=0), "block-wise"),
+        Entry("per-step", changed(spec, **PER_STEP, batch=8)),
+        Entry("multi-step", spec),
+    ]
+    return made
+
+
+def group_sizes(spec: CalibrationSpec) -> list[Entry]:
+    return [Entry(f"M = {m}", changed(spec, group=m)) for m in (1, 2, 5, 10, 25, 50)]
+
+
+def gradients(spec: CalibrationSpec) -> list[Entry]:
+    kinds = ("exact", "injected-a", "injected-1", "injected-v", "measured")
+    return [Entry(kind, changed(spec, gradient=kind)) for kind in kinds]
+
+
+def starts(spec: CalibrationSpec) -> list[Entry]:
+    return [
+        Entry("teacher's latent", changed(spec, start="teacher")),
+        Entry("student's, back to the trajectory", changed(spec, start="student", aim="trajectory")),
+        Entry("student's, local target", changed(spec, start="student", aim="local")),
+    ]
+
+
+def sharing(spec: CalibrationSpec) -> list[Entry]:
+    return [Entry(f"{k} set{'s' if k > 1 else ''}", changed(spec, table=k)) for k in (1, 2, 5, 10)]
+
+
+def learned(spec: CalibrationSpec) -> list[Entry]:
+    bare = {"rounding": "nearest", "weight_scale_rate": 0.0, "bias_rate": 0.0}
+    return [
+        Entry("activations", changed(spec, **bare)),
+        Entry("+ rounding", changed(spec, **{**bare, "rounding": "offset"})),
+        Entry("+ AdaRound instead", changed(spec, **{**bare, "rounding": "adaround"})),
+        Entry("+ rounding, weight scales", changed(spec, **{**bare, "rounding": "offset", "weight_scale_rate": 1e-3})),
+        Entry("+ rounding, biases", changed(spec, **{**bare, "rounding": "offset", "bias_rate": 1e-3})),
+    ]
+
+
+SWEEPS = {
+    "methods": methods,
+    "m": group_sizes,
+    "gradient": gradients,
+    "start": starts,
+    "sharing": sharing,
+    "learned": learned,
+}
+
+
+def changed(spec: CalibrationSpec, **settings: Any) -> CalibrationSpec:
+    """The specification with other settings, checked like the first."""
+    return CalibrationSpec.model_validate(spec.model_dump() | settings)
 
 
 def main(
     checkpoint: Annotated[Path, typer.Argument()],
+    sweep: Annotated[str, typer.Option(help=", ".join(SWEEPS))] = "methods",
     bits: Annotated[str, typer.Option()] = "4/8",
     out: Annotated[Path, typer.Option()] = Path("build/methods.json"),
     target: Annotated[str, typer.Option()] = "cpu",
+    policy: Annotated[str, typer.Option()] = "standard",
     sampler: Annotated[str, typer.Option(help="The family's own if left out.")] = "",
     n: Annotated[int, typer.Option(help="Held-out seeds compared.")] = 256,
-    only: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "min-max,mse,per-step,multi-step",
+    only: Annotated[str, typer.Option(help="Entries by name, separated by commas; all if left out.")] = "",
     set_: Annotated[list[str], typer.Option("--set", help="Calibration setting, such as group=10.")] = [],  # noqa: B006
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Run the methods and write one JSON."""
+    """Run the entries of a sweep and write one JSON."""
+    if threads:
+        torch.set_num_threads(threads)
+    if sweep not in SWEEPS:
+        raise AccuQuantError(f"--sweep {sweep!r}: there is {', '.join(SWEEPS)}")
     settings = {k: json.loads(v) if v[0].isdigit() else v for k, _, v in (s.partition("=") for s in set_)}
     spec = CalibrationSpec(**settings)
     weight_bits, activation_bits = parse_bits(bits)
-    scheme = QuantScheme(weight_bits=weight_bits, activation_bits=activation_bits, target=target)  # type: ignore[arg-type]
-    fp_latents: np.ndarray | None = None
-    rows: list[dict[str, Any]] = []
-    for name, chosen in methods(spec).items():
-        if name not in only.split(","):
+    scheme = QuantScheme.model_validate(
+        {"weight_bits": weight_bits, "activation_bits": activation_bits, "target": target, "policy": policy}
+    )
+    budget = cost(Entry("multi-step", spec))
+    entries = [within(entry, budget) for entry in SWEEPS[sweep](spec)]
+    wanted = only.split(",") if only else [entry.name for entry in entries]
+    unknown = set(wanted) - {entry.name for entry in entries}
+    if unknown:
+        raise AccuQuantError(f"--only {', '.join(sorted(unknown))}: there is {', '.join(e.name for e in entries)}")
+    arena = Arena(checkpoint, scheme, sampler, n, spec)
+    rows = []
+    for entry in entries:
+        if entry.name not in wanted:
             continue
-        model = load_model(checkpoint)
-        plan = trace(sampler or model.default_sampler, model.noise_schedule, model.default_steps)
-        operators = quantize_operators(model.network, scheme, model.role_of)
-        teacher = simulate(
-            model.network, plan, range(TEACHER_SEEDS, TEACHER_SEEDS + spec.trajectories), model.sample_shape
-        )
-        judge = simulate(model.network, plan, range(JUDGE_SEEDS, JUDGE_SEEDS + spec.held_out), model.sample_shape)
-        begun = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder, bar() as show:
-            outcome = calibrate(
-                model.network,
-                operators,
-                plan,
-                teacher,
-                judge,
-                chosen,
-                Journal(Path(folder), {}),
-                report=lambda s, d, t, loss, name=name: show(f"{name}: {s}", d, t, f"{loss:.2e}" if loss else ""),  # type: ignore[misc]
-            )
-            seconds = time.perf_counter() - begun
-            quantized, twin = lower(
-                trace_float(model.network, operators, model.sample_shape), freeze(operators, scheme, {}), scheme.target
-            )
-            latents = {}
-            for graph_name, graph in (("denoiser", quantized), ("twin", twin)):
-                if graph_name == "twin" and fp_latents is not None:
-                    continue
-                path = Path(folder) / f"{graph_name}.onnx"
-                save_graph(graph, path)
-                latents[graph_name] = sample(path, plan, n, model.sample_shape)
-            fp_latents = latents.get("twin", fp_latents)
-        assert fp_latents is not None
-        a, b = to_uint8(fp_latents), to_uint8(latents["denoiser"])
-        p, s = psnr(a, b), ssim(a, b)
-        rows.append(
-            {
-                "method": name,
-                "group": chosen.group,
-                "iterations": chosen.iterations,
-                "psnr_mean": float(p.mean()),
-                "psnr_p10": float(np.percentile(p, 10)),
-                "ssim_mean": float(s.mean()),
-                "mse": float(np.square(np.clip(fp_latents, -1, 1) - np.clip(latents["denoiser"], -1, 1)).mean()),
-                "held_out": outcome.held_out,
-                "kept": outcome.kept,
-                "seconds": seconds,
-            }
-        )
-        console.print(f"{name}: PSNR {p.mean():.2f} dB, SSIM {s.mean():.4f} (n = {n}), {seconds:.0f} s")
-    report = {
-        "schema_version": 1,
-        "checkpoint": checkpoint.name,
-        "scheme": scheme.model_dump(),
-        "sampler": sampler or "the family's own",
-        "calibration": spec.model_dump(),
-        "n": n,
-        "seeds": [0, n - 1],
-        "machine": machine_facts(),
-        "versions": versions(),
-        "rows": rows,
-    }
-    write_text(out, json.dumps(report, indent=1) + "\n")
-    table = Table(title=f"{checkpoint.name} at {scheme.name}, n = {n}")
-    for column in ("method", "M", "iterations", "PSNR dB", "p10", "SSIM", "MSE", "calibration s"):
-        table.add_column(column, justify="right")
-    for r in rows:
-        table.add_row(
-            r["method"], str(r["group"]), str(r["iterations"]), f"{r['psnr_mean']:.2f}", f"{r['psnr_p10']:.2f}",
-            f"{r['ssim_mean']:.4f}", f"{r['mse']:.2e}", f"{r['seconds']:.0f}",
+        with bar() as show:
+            row = arena.run(entry, show)
+        rows.append(row)
+        console.print(f"{entry.name}: {row['psnr_mean']:.2f} dB, MSE {row['mse']:.2e}, {row['seconds']:.0f} s")
+        report = {
+            "schema_version": 2,
+            "sweep": sweep,
+            "checkpoint": {"name": checkpoint.name, "sha256": sha256(checkpoint)},
+            "scheme": scheme.model_dump(),
+            "sampler": sampler or "the family's own",
+            "steps": len(arena.plan),
+            "budget_calls": budget,
+            "n": n,
+            "seeds": [0, n - 1],
+            "drift_n": DRIFT_SEEDS,
+            "machine": {**machine_facts(), "threads": torch.get_num_threads()},
+            "versions": versions(),
+            "rows": rows,
+        }
+        write_text(out, json.dumps(report, indent=1) + "\n")  # a long sweep may be cut short
+    draw(out, scheme.name, rows)
+    console.print(table(f"{checkpoint.name} at {scheme.name}, n = {n}, budget {budget:.0f} calls", rows))
+
+
+def draw(out: Path, scheme: str, rows: list[dict[str, Any]]) -> None:
+    """Drift along the chain, and what single steps would add up to, as SVG beside the JSON."""
+    count = len(rows[0]["accumulated_mse"])
+    steps = list(range(1, count + 1))
+    drift = {row["method"]: (steps, row["accumulated_mse"]) for row in rows}
+    title = f"{scheme}: error of the latent along the chain, n = {DRIFT_SEEDS}"
+    write_text(
+        out.with_suffix(".drift.svg"), markup(lines(drift, title, "sampling step", "mean squared error", log="y"))
+    )
+    single = {row["method"]: (steps, row["single_mse"]) for row in rows}
+    title = f"{scheme}: error of a step by itself, n = {DRIFT_SEEDS}"
+    write_text(
+        out.with_suffix(".single.svg"), markup(lines(single, title, "sampling step", "mean squared error", log="y"))
+    )
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> Table:
+    made = Table(title=title)
+    for column in ("method", "M", "iterations", "PSNR dB", "p10", "SSIM", "MSE", "median", "KID to fp", "seconds"):
+        made.add_column(column, justify="right")
+    for row in rows:
+        spec = row["spec"]
+        kid = f"{row['kid_to_fp'] * 1e3:.2f}e-3" if row["kid_to_fp"] is not None else "-"
+        made.add_row(
+            row["method"], str(spec["group"]), str(spec["warmup"] + spec["iterations"]), f"{row['psnr_mean']:.2f}",
+            f"{row['psnr_p10']:.2f}", f"{row['ssim_mean']:.4f}", f"{row['mse']:.2e}", f"{row['mse_median']:.2e}", kid,
+            f"{row['seconds']:.0f}",
         )  # fmt: skip
-    console.print(table)
-
-
-def sample(path: Path, plan: Any, n: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Final latents (n, *shape) of seeds 0..n-1 on this machine's best engine."""
-    engine = open_engine(path, EngineOptions(batch=BATCH))
-    done = []
-    for first in range(0, n, BATCH):
-        seeds = range(first, first + BATCH)
-        done.append(
-            plan.sample(
-                lambda x, t: engine.run({"x": x, "t": np.full(BATCH, t, np.float32)}).copy(),
-                lambda j, seeds=seeds: noise.batch(seeds, j, shape),
-            )
-        )
-    engine.close()
-    return np.concatenate(done)[:n]
+    return made
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(max(1, torch.get_num_threads()))
-    typer.run(main)
+    command(main)()

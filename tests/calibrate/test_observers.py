@@ -11,6 +11,7 @@ from accuquant.calibrate.observers import (
     min_max,
     mse_activation,
     mse_weight_scale,
+    percentile,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -143,3 +144,23 @@ def test_a_dead_channel_gets_a_positive_scale_and_zero_codes(pick):
     scale = pick(w, grid)
     assert (scale > 0).all()
     assert (quantize(w, scale, torch.zeros(()), grid)[1] == 0).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_percentile_leaves_out_rare_values(symmetric):
+    """A thousandth of the values far away: kept by 0.9999, left out by 0.99; without them it is nearly min-max."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(100_000, generator=generator) * 2 - 1
+    far = x.clone()
+    far[::1000] = 50.0
+    grid = Grid(8, signed=symmetric, symmetric=symmetric)
+
+    def scale(values, kept):
+        seen = Histogram(float(values.min()), float(values.max()))
+        seen.add(values)
+        return float(percentile(seen, grid, kept)[0])
+
+    full = 1 / 127 if symmetric else 2 / 255
+    assert scale(x, 0.9999) == pytest.approx(full, rel=0.02)
+    assert scale(far, 0.99) == pytest.approx(full, rel=0.06)  # a bin is 1/40 of the range
+    assert scale(far, 0.9999) > 10 * full

@@ -1,0 +1,194 @@
+"""One calibration method run and judged: same checkpoint, grids, layer policy, trajectories, budget and seeds for all.
+
+The budget counts network calls of one sample: a plain call is 1, one with its gradient 3. An iteration of groups of M
+steps at batch B then costs (4M - 1) B with the exact gradient, 4 M B with an injected one; block-wise reconstruction
+3 B for an iteration of every block. Seconds are measured beside it.
+
+Every outcome that can be exported is lowered and sampled on this machine's engine; an activation table, which runs in
+simulation only, is sampled there. Pictures are compared with those of the full-precision twin.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accuquant.calibrate.blockwise import reconstruct
+from accuquant.calibrate.families import load_model
+from accuquant.calibrate.journal import Journal
+from accuquant.calibrate.layers import quantization, quantize_operators
+from accuquant.calibrate.model import DiffusionModel
+from accuquant.calibrate.optimize import calibrate
+from accuquant.calibrate.recipe import freeze
+from accuquant.calibrate.scheme import QuantScheme
+from accuquant.calibrate.spec import CalibrationSpec
+from accuquant.calibrate.trace import trace
+from accuquant.calibrate.trajectory import call, simulate
+from accuquant.export.build import JUDGE_SEEDS, TEACHER_SEEDS
+from accuquant.export.graph import save_graph, trace_float
+from accuquant.export.lower import lower
+from accuquant.runtime import noise
+from accuquant.runtime.engines import open_engine
+from accuquant.runtime.engines.base import EngineOptions
+from accuquant.runtime.errors import AccuQuantError
+from accuquant.runtime.fidelity import psnr, ssim
+from accuquant.runtime.pictures import to_uint8
+from accuquant.runtime.plan import SamplingPlan
+from efficientnet_lite import features
+from kid import kid
+
+BATCH = 16
+DRIFT_SEEDS = 32  # of the judged seeds, in simulation
+Method = Literal["learned", "block-wise"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method by name: how it is calibrated and with what settings."""
+
+    name: str
+    spec: CalibrationSpec
+    method: Method = "learned"
+
+
+def cost(entry: Entry) -> float:
+    """Network calls of one sample, gradients counted as two more."""
+    spec = entry.spec
+    if entry.method == "block-wise":
+        return 3 * spec.batch * spec.iterations
+    m = spec.group
+    calls = 4 * m - 1 if spec.gradient == "exact" or m == 1 else 4 * m
+    local = m if spec.start == "student" and spec.aim == "local" else 0
+    return spec.batch * (3 * spec.warmup + (calls + local) * spec.iterations)
+
+
+def within(entry: Entry, budget: float) -> Entry:
+    """The entry with as many iterations as the budget pays for, its warm-up keeping its share of them."""
+    whole = cost(entry)
+    if whole == 0:
+        return entry
+    share = budget / whole
+    changed = {"iterations": round(entry.spec.iterations * share), "warmup": round(entry.spec.warmup * share)}
+    return Entry(entry.name, entry.spec.model_copy(update=changed), entry.method)
+
+
+class Arena:
+    """What all entries share: checkpoint, plan, scheme, trajectories, and the twin's pictures."""
+
+    def __init__(self, checkpoint: Path, scheme: QuantScheme, sampler: str, n: int, spec: CalibrationSpec) -> None:
+        self.checkpoint, self.scheme, self.n = checkpoint, scheme, n
+        model = load_model(checkpoint)
+        self.plan = trace(sampler or model.default_sampler, model.noise_schedule, model.default_steps)
+        self.shape = model.sample_shape
+        self.teacher = simulate(model.network, self.plan, _seeds(TEACHER_SEEDS, spec.trajectories), self.shape)
+        self.judge = simulate(model.network, self.plan, _seeds(JUDGE_SEEDS, spec.held_out), self.shape)
+        self.shown = simulate(model.network, self.plan, range(DRIFT_SEEDS), self.shape)
+        self.fp: np.ndarray | None = None
+
+    def run(self, entry: Entry, show: Callable[[str, int, int, str], None]) -> dict[str, Any]:
+        """Calibrate, sample and compare; one row of the table."""
+        model = load_model(self.checkpoint)
+        operators = quantize_operators(model.network, self.scheme, model.role_of)
+        begun = time.perf_counter()
+        row: dict[str, Any] = {"method": entry.name, "kind": entry.method, "cost": cost(entry)}
+        row["spec"] = entry.spec.model_dump()
+        if entry.method == "block-wise":
+            reconstruct(
+                model.network, operators, self.plan, self.teacher, entry.spec, model.block_of,
+                lambda name, done, total: show(f"{entry.name}", done, total, name),
+            )  # fmt: skip
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                outcome = calibrate(
+                    model.network,
+                    operators,
+                    self.plan,
+                    self.teacher,
+                    self.judge,
+                    entry.spec,
+                    Journal(Path(folder), {}),
+                    report=lambda s, d, t, loss: show(f"{entry.name}: {s}", d, t, f"{loss:.2e}" if loss else ""),
+                )
+            row |= {"held_out": outcome.held_out, "kept": outcome.kept}
+        row["seconds"] = time.perf_counter() - begun
+        latents, engine = self._sample(model, operators, entry)
+        row["sampled_on"] = engine
+        assert self.fp is not None
+        return row | compare(self.fp, latents) | self._errors_by_step(model, operators)
+
+    def _sample(self, model: DiffusionModel, operators: Any, entry: Entry) -> tuple[np.ndarray, str]:
+        with tempfile.TemporaryDirectory() as folder:
+            if entry.spec.table > 1:
+                with quantization(operators, active=True):
+                    run = simulate(model.network, self.plan, range(self.n), self.shape)
+                return run.states[-1].numpy(), "simulation"
+            graph = trace_float(model.network, operators, self.shape)
+            quantized, twin = lower(graph, freeze(operators, self.scheme, {}), self.scheme.target)
+            path = Path(folder) / "denoiser.onnx"
+            save_graph(quantized, path)
+            latents, engine = sample(path, self.plan, self.n, self.shape)
+            if self.fp is None:
+                path = Path(folder) / "twin.onnx"
+                save_graph(twin, path)
+                self.fp, _ = sample(path, self.plan, self.n, self.shape)
+            return latents, engine
+
+    def _errors_by_step(self, model: DiffusionModel, operators: Any) -> dict[str, list[float]]:
+        """Mean squared error of x_i along the student's own chain, and of each step taken alone from the teacher's x_i.
+
+        Row i's own error is carried by what it adds to x_{i+1}; both are means over DRIFT_SEEDS seeds.
+        """
+        with torch.no_grad(), quantization(operators, active=True):
+            run = simulate(model.network, self.plan, range(DRIFT_SEEDS), self.shape)
+            single = [self._single(model, i) for i in range(len(self.plan))]
+        drift = (run.states[1:] - self.shown.states[1:]).square().flatten(1).mean(1)
+        return {"accumulated_mse": drift.tolist(), "single_mse": single}
+
+    def _single(self, model: DiffusionModel, i: int) -> float:
+        error = call(model.network, self.plan, i, self.shown.states[i]) - self.shown.outputs[i]
+        return float(error.square().mean()) * self.plan.steps[i].b.get(i, 0.0) ** 2
+
+
+def compare(fp: np.ndarray, quantized: np.ndarray) -> dict[str, Any]:
+    """PSNR, SSIM, MSE and KID of final latents (n, C, H, W) against the twin's."""
+    a, b = to_uint8(fp), to_uint8(quantized)
+    p, s = psnr(a, b), ssim(a, b)
+    errors = np.square(np.clip(fp, -1, 1) - np.clip(quantized, -1, 1)).reshape(len(fp), -1).mean(1)
+    try:
+        score = kid(*(features(x[..., 0] if x.shape[-1] == 1 else x) for x in (b, a)))
+    except AccuQuantError:  # the feature network is no dependency of ours, and small n have no subsets
+        score = None
+    return {
+        "psnr_mean": float(p.mean()),
+        "psnr_p10": float(np.percentile(p, 10)),
+        "ssim_mean": float(s.mean()),
+        "mse": float(errors.mean()),
+        "mse_median": float(np.median(errors)),
+        "kid_to_fp": score and score.mean,
+        "kid_to_fp_error": score and score.standard_error,
+    }
+
+
+def sample(path: Path, plan: SamplingPlan, n: int, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
+    """Final latents (n, *shape) of seeds 0..n-1 on this machine's best engine, and its name."""
+    engine = open_engine(path, EngineOptions(batch=BATCH))
+    done = []
+    for first in range(0, n, BATCH):
+        seeds = range(first, first + BATCH)
+        done.append(
+            plan.sample(
+                lambda x, t: engine.run({"x": x, "t": np.full(BATCH, t, np.float32)}).copy(),
+                lambda j, seeds=seeds: noise.batch(seeds, j, shape),  # type: ignore[misc]
+            )
+        )
+    name = engine.name
+    engine.close()
+    return np.concatenate(done)[:n], name
+
+
+def _seeds(first: int, count: int) -> range:
+    return range(first, first + count)
