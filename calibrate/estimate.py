@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from ..runtime.plan import SamplingPlan
 from .layers import QuantizedOperator, fast_compute, quantization
-from .multistep import cut
+from .multistep import cut, graph_bytes
 from .spec import CalibrationSpec
 from .trajectory import call
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds in all, and bytes of weights, optimizer state and one network call's activations together."""
+    """Seconds in all, and bytes of weights, optimizer state and the activations kept for gradients together."""
 
     seconds: float
     bytes: int
@@ -30,34 +30,34 @@ def estimate(
 ) -> Estimate:
     """Time one plain, one quantized and one differentiated call at the training batch, and multiply."""
     device = next(network.parameters()).device
-    x = torch.randn(spec.batch, *shape, device=device, generator=torch.Generator(device).manual_seed(0))
-    saved: dict[int, int] = {}
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(spec.batch, *shape, device=device, generator=generator)
+    many = torch.randn(max(spec.batch, 8), *shape, device=device, generator=generator)  # as trajectories are computed
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def timed(active: bool, differentiate: bool) -> float:
+    def timed(x: Tensor, active: bool, differentiate: bool) -> float:
         compute = fast_compute(device) if differentiate and spec.compute == "auto" else torch.float32
         with quantization(operators, active, compute), torch.set_grad_enabled(differentiate):
             begun = time.perf_counter()
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-                out = call(network, plan, 0, x)
+            out = call(network, plan, 0, x)
             if differentiate:
                 out.square().mean().backward()
             return time.perf_counter() - begun
 
-    timed(False, False)  # first-call allocations
-    plain, quantized, both = timed(False, False), timed(True, False), timed(True, True)
+    timed(many, False, False)  # first-call allocations
+    plain, judged = timed(many, False, False) / len(many), timed(many, True, False) / len(many)
+    quantized, both = timed(x, True, False), timed(x, True, True)
     for parameter in network.parameters():
         parameter.grad = None
 
+    with quantization(operators, True, fast_compute(device) if spec.compute == "auto" else torch.float32):
+        graph = graph_bytes(network, plan, x)
+
     rows = len(plan)
     per_group = rows / len(cut(plan, spec.group, spec.grouping))
-    teacher = (spec.trajectories + spec.held_out) * rows / spec.batch * plain
-    judging = (spec.checks + 1) * spec.held_out * rows / spec.batch * quantized
-    learning = spec.warmup * both + spec.iterations * ((per_group - 1) * quantized + per_group * both)
+    kept = min(per_group, max(1, spec.graph_mib * 2**20 // graph))
+    teacher = (spec.trajectories + spec.held_out) * rows * plain
+    judging = (spec.checks + 1) * spec.held_out * rows * judged
+    learning = spec.warmup * both + spec.iterations * ((per_group - kept) * quantized + per_group * both)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     # Rounding variables, their gradient and two moments: four more numbers for every weight.
-    return Estimate(teacher + judging + learning, 6 * weights + sum(saved.values()))
+    return Estimate(teacher + judging + learning, 6 * weights + int(kept * graph))

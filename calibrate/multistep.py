@@ -6,8 +6,9 @@ loss looks at its end (AccuQuant, NeurIPS 2025, arXiv 2510.20348) and, with a we
     L = mean || x~_q - x_q ||^2 + w sum_{p < i < q} mean || x~_i - x_i ||^2
 
 Unrolled autograd keeps M networks alive. Instead, one pass without gradient stores the M latents x~_p..x~_{q-1}; then
-the rows are taken from last to first, each network call made once more with gradient and at once freed (the last one
-is made only once). With lam_i = dL/dx~_i and mu_i = dL/do_i, row i of the plan gives
+the rows are taken from last to first, each network call made once more with gradient and at once freed. The last K
+rows, as many as a memory budget allows and at least one, keep their graphs from the first pass and are called once.
+With lam_i = dL/dx~_i and mu_i = dL/do_i, row i of the plan gives
 
     mu_j  += b_ij lam_{i+1}                        for every output j that row i reads
     dL/dtheta += (df/dtheta)^T mu_i                at the network call of row i
@@ -124,15 +125,16 @@ def accumulate_gradient(
     carry: Sequence[float] | None = None,
     between: float = 0.0,
     width: int = 0,
+    kept: int = 1,
 ) -> Rollout:
     """Add dL/dtheta to the parameters' `.grad`; `carry` holds a factor per row of the plan, None is the exact adjoint.
 
-    `between` is the weight w of the latents inside the group. With factors, all rows know their gradient once the
-    group's end is known, so up to `width` samples (at least one row's) of them share one network call. Peak memory is
-    that of one call with gradient plus len(group) latents.
+    `between` is the weight w of the latents inside the group. Exact: `kept` is K. Injected: all rows know their
+    gradient once the group's end is known, so up to `width` samples (at least one row's) of them share one network
+    call. Peak memory is that of K calls, or of `width` samples, with gradient plus len(group) latents.
     """
     if carry is None or len(group) == 1:
-        return _adjoint(network, plan, group, data, between)
+        return _adjoint(network, plan, group, data, between, kept)
     latents, outputs = roll(network, plan, group, data)
     residual = latents[-1] - data.end
     loss = residual.square().mean()
@@ -156,16 +158,24 @@ def accumulate_gradient(
     return Rollout(loss, latents[-1], {i: outputs[i] for i in range(group.start, group.stop)})
 
 
-def _adjoint(network: nn.Module, plan: SamplingPlan, group: Group, data: GroupBatch, between: float) -> Rollout:
-    """The exact form: rows from last to first, each called again with gradient, the last one only once."""
-    last = group.stop - 1
-    latents, outputs = roll(network, plan, Group(group.start, last), data)
-    # The first row's input is data; a gradient with respect to it would be computed for nobody.
-    x = latents[-1].detach().requires_grad_(last > group.start)
-    called = call(network, plan, last, x)
-    outputs[last] = called.detach()
-    end = plan.advance(last, x.detach(), outputs, data.noise)
-    residual = end - data.end
+def _adjoint(
+    network: nn.Module, plan: SamplingPlan, group: Group, data: GroupBatch, between: float, kept: int
+) -> Rollout:
+    """The exact form, rows from last to first; the graphs of the last `kept` rows stay from the way there."""
+    first_kept = max(group.start, group.stop - max(1, kept))
+    latents, outputs = roll(network, plan, Group(group.start, first_kept), data)
+    calls: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def differentiable(i: int, latent: Tensor) -> tuple[Tensor, Tensor]:
+        # The first row's input is data; a gradient with respect to it would be computed for nobody.
+        x = latent.detach().requires_grad_(i > group.start)
+        return x, call(network, plan, i, x)
+
+    for i in range(first_kept, group.stop):
+        calls[i] = differentiable(i, latents[-1])
+        outputs[i] = calls[i][1].detach()
+        latents.append(plan.advance(i, latents[-1], outputs, data.noise))
+    residual = latents[-1] - data.end
     loss = residual.square().mean()
     lam = residual * (2.0 / residual.numel())
     mu: dict[int, Tensor] = {}
@@ -173,15 +183,13 @@ def _adjoint(network: nn.Module, plan: SamplingPlan, group: Group, data: GroupBa
         _spread(plan, i, lam, mu, group)
         lam = plan.steps[i].a * lam
         if i in mu:
-            if i < last:
-                x = latents[i - group.start].detach().requires_grad_(i > group.start)
-                called = call(network, plan, i, x)
-            if called.requires_grad:
-                called.backward(mu.pop(i))
+            x, output = calls.pop(i) if i in calls else differentiable(i, latents[i - group.start])
+            if output.requires_grad:
+                output.backward(mu.pop(i))
             if x.grad is not None:
                 lam = lam + x.grad
         lam, loss = _look(i, latents[i - group.start], data, between, lam, loss)
-    return Rollout(loss, end, {i: outputs[i] for i in range(group.start, group.stop)})
+    return Rollout(loss, latents[-1], {i: outputs[i] for i in range(group.start, group.stop)})
 
 
 def _spread(plan: SamplingPlan, i: int, lam: Tensor, mu: dict[int, Tensor], group: Group) -> None:
@@ -197,6 +205,22 @@ def _look(i: int, latent: Tensor, data: GroupBatch, weight: float, lam: Tensor, 
         return lam, loss
     difference = latent - data.between[i]
     return lam + difference * (2.0 * weight / difference.numel()), loss + weight * difference.square().mean()
+
+
+def graph_bytes(network: nn.Module, plan: SamplingPlan, x: Tensor) -> int:
+    """What one network call at latent x (B, C, H, W) keeps for its gradient, weights excepted."""
+    known = {p.untyped_storage().data_ptr() for p in (*network.parameters(), *network.buffers())}
+    saved: dict[int, int] = {}
+
+    def see(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
+        call(network, plan, 0, x)
+    return sum(saved.values())
 
 
 def unrolled_loss(

@@ -18,7 +18,7 @@ from .carry import carry
 from .initialise import initialise
 from .journal import Journal, Snapshot, pack_optimizer, unpack_optimizer
 from .layers import QuantizedOperator, fast_compute, quantization
-from .multistep import accumulate_gradient, cut
+from .multistep import accumulate_gradient, cut, graph_bytes
 from .rounding import annealed_beta, training_codes
 from .sharing import tabulate
 from .spec import CalibrationSpec
@@ -145,6 +145,9 @@ class _Learner:
             self.carry = carry(plan, spec.gradient, network, teacher)
         device = next(network.parameters()).device
         self.compute = fast_compute(device) if spec.compute == "auto" else torch.float32
+        with quantization(operators, True, self.compute):
+            one = graph_bytes(network, plan, teacher.states[0, : spec.batch].to(device))
+        self.kept = spec.graph_mib * 2**20 // max(1, one)
         self.weights = [op.weight_quantizer for op in operators.values() if op.weight_quantizer is not None]
         for weight in self.weights:
             weight.learn(spec.rounding, scale=spec.weight_scale_rate > 0)
@@ -185,7 +188,9 @@ class _Learner:
         batches, number = (self.warmup, iteration) if warm else (self.groups, iteration - spec.warmup)
         group, data = batches.draw(number)
         with quantization(self.operators, True, self.compute), training_codes(self.weights):
-            ended = accumulate_gradient(self.network, self.plan, group, data, self.carry, spec.between, spec.width)
+            ended = accumulate_gradient(
+                self.network, self.plan, group, data, self.carry, spec.between, spec.width, self.kept
+            )
         batches.keep(number, group, data, ended)
         loss = float(ended.loss)
         if spec.rounding == "adaround" and math.isfinite(beta := annealed_beta(progress)):

@@ -1,10 +1,11 @@
 """The settings of one calibration, and their named presets."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..runtime.errors import AccuQuantError
 from .carry import Gradient
 from .multistep import Grouping
 from .rounding import Rounding
@@ -32,6 +33,7 @@ class CalibrationSpec(BaseModel):
     warmup: int = Field(0, ge=0, description="iterations on groups of one step before the others")
     iterations: int = Field(200, ge=0, description="iterations on groups of M steps")
     batch: int = Field(8, ge=1, description="trajectories per iteration")
+    graph_mib: int = Field(512, ge=0, description="memory for graphs that the exact gradient need not compute twice")
     width: int = Field(16, ge=1, description="samples that may share a call of the injected gradient's second pass")
     trajectories: int = Field(64, ge=1)
     held_out: int = Field(16, ge=1, description="trajectories that only judge")
@@ -57,3 +59,19 @@ PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
     "default": {},
     "best": {"iterations": 2000, "batch": 16, "trajectories": 256, "held_out": 32, "checks": 10},
 }
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Settings of a CalibrationSpec from `name=value` texts, such as group=10 or gradient=injected-v.
+
+    Raises:
+        AccuQuantError: not of that form, or no setting of that name.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or name not in CalibrationSpec.model_fields:
+            known = ", ".join(CalibrationSpec.model_fields)
+            raise AccuQuantError(f"--set {text}: name=value is expected, with a name among {known}")
+        settings[name] = value
+    return settings

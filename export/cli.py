@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from ..calibrate.scheme import QuantScheme, parse_bits
-from ..calibrate.spec import PRESETS, CalibrationSpec, PresetName
+from ..calibrate.spec import PRESETS, CalibrationSpec, PresetName, parse_settings
 from ..calibrate.trace import SAMPLERS
 from ..runtime.console import bar, command, console, machine_facts
 from ..runtime.errors import AccuQuantError
@@ -29,6 +29,7 @@ def export(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps [the family's].")] = None,
     policy: Annotated[str, typer.Option(help="standard keeps first, last and time layers at 8 bits.")] = "standard",
     group: Annotated[int | None, typer.Option(min=1, help="M, steps simulated before the loss [5].")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="A calibration setting, such as gradient=injected-v.")] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(min=0)] = 0,
     config: Annotated[Path | None, typer.Option(help="The model's YAML, if it does not lie beside it.")] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures compared in the report.")] = 64,
@@ -44,12 +45,14 @@ def export(
     )
     if preset not in PRESETS:
         raise AccuQuantError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-    chosen = dict(PRESETS[cast(PresetName, preset)]) | ({} if group is None else {"group": group})
+    chosen = dict(PRESETS[cast(PresetName, preset)]) | parse_settings(set_) | {"seed": seed}
+    if group is not None:
+        chosen["group"] = group
     request = Request(
         checkpoint=checkpoint,
         out=out or Path(f"{checkpoint.stem}-{scheme.name.lower()}"),
         scheme=scheme,
-        spec=CalibrationSpec(**chosen, seed=seed),
+        spec=_validated(CalibrationSpec, **chosen),
         config=config,
         sampler=sampler,
         steps=steps,
@@ -65,7 +68,8 @@ def export(
         f"scheme   {scheme.name} for {scheme.target}, policy {scheme.policy}; {len(prepared.operators)} operators"
     )
     console.print(
-        f"plan     {spec.iterations} iterations on groups of M = {spec.group} steps, {spec.trajectories} trajectories; "
+        f"plan     {spec.iterations} iterations on groups of M = {spec.group} steps, {spec.gradient} gradient, "
+        f"{spec.batch} of {spec.trajectories} trajectories each; "
         f"about {cost.seconds / 60:.1f} min and {cost.bytes / 2**30:.1f} GiB"
     )
     with bar() as show:

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from accuquant.calibrate.scheme import QuantScheme, parse_bits
-from accuquant.calibrate.spec import CalibrationSpec
+from accuquant.calibrate.spec import CalibrationSpec, parse_settings
 from accuquant.export.build import versions
 from accuquant.export.figures import lines, markup
 from accuquant.runtime.console import bar, command, console, machine_facts
@@ -113,8 +113,7 @@ def main(
         torch.set_num_threads(threads)
     if sweep not in SWEEPS:
         raise AccuQuantError(f"--sweep {sweep!r}: there is {', '.join(SWEEPS)}")
-    settings = {k: json.loads(v) if v[0].isdigit() else v for k, _, v in (s.partition("=") for s in set_)}
-    spec = CalibrationSpec(**settings)
+    spec = CalibrationSpec(**parse_settings(set_))
     weight_bits, activation_bits = parse_bits(bits)
     scheme = QuantScheme.model_validate(
         {"weight_bits": weight_bits, "activation_bits": activation_bits, "target": target, "policy": policy}

@@ -15,6 +15,7 @@ from accuquant.calibrate.multistep import (
     GroupBatch,
     accumulate_gradient,
     cut,
+    graph_bytes,
     history_needed,
     roll,
     unrolled_loss,
@@ -53,8 +54,8 @@ def factors(plan: SamplingPlan, gradient: str, network: nn.Module) -> tuple[floa
     return carry(plan, gradient, network, Trajectory(tuple(range(4)), states, states[1:]))
 
 
-def accumulate(network, plan, group, data, gradient, between=0.0):
-    return accumulate_gradient(network, plan, group, data, factors(plan, gradient, network), between).loss
+def accumulate(network, plan, group, data, gradient, between=0.0, kept=1):
+    return accumulate_gradient(network, plan, group, data, factors(plan, gradient, network), between, kept=kept).loss
 
 
 def gradient_of(network: nn.Module, compute) -> tuple[float, torch.Tensor]:
@@ -108,6 +109,27 @@ def test_these_plans_do_look_back_across_the_groups_start(tiny):
     assert history_needed(plan_for("ddim", tiny), Group(1, 5)) == []
     assert any(s.c for s in plan_for("ddim-eta1", tiny).steps)
     assert any(s.input_scale != 1 for s in plan_for("euler", tiny).steps)
+
+
+@pytest.mark.parametrize("kept", [2, 5, 99])
+def test_graphs_kept_from_the_first_pass_change_the_cost_alone(tiny, kept):
+    """Loss and gradient to the bit, with `kept` calls fewer."""
+    plan = plan_for("dpm++2m", tiny)
+    network = Counting(tiny.Toy(0).double())
+    group = Group(2, 7)
+    data = float64_data(plan, group)
+
+    def run(kept):
+        network.calls, network.differentiated = 0, []
+        return gradient_of(
+            network, lambda: accumulate_gradient(network, plan, group, data, kept=kept).loss
+        ), network.calls
+
+    ((wanted_loss, wanted), all_calls), ((loss, mine), calls) = run(1), run(kept)
+    assert loss == wanted_loss
+    assert torch.equal(mine, wanted)
+    assert all_calls == 2 * 5 - 1
+    assert calls == 2 * 5 - min(kept, 5)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddim-eta1", "plms", "euler"])
@@ -204,8 +226,10 @@ class Counting(nn.Module):
         super().__init__()
         self.network = network
         self.differentiated: list[int] = []
+        self.calls = 0
 
     def forward(self, x, t):
+        self.calls += 1
         if torch.is_grad_enabled():
             self.differentiated.append(len(x))
         return self.network(x, t)
@@ -410,3 +434,7 @@ def test_memory_is_flat_in_the_groups_length(tiny):
         mine = partial(accumulate, gradient=gradient)
         assert peak(16, mine) <= 1.1 * peak(1, mine), gradient
     assert peak(16, unrolled_loss) > 8 * peak(1, unrolled_loss)
+    one = peak(1, mine)
+    assert peak(16, partial(accumulate, gradient="exact", kept=4)) == pytest.approx(4 * one, rel=0.1)
+    with quantization(operators, active=True):
+        assert graph_bytes(network, plan, x) == pytest.approx(one, rel=0.1)
