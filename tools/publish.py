@@ -12,6 +12,15 @@ import typer
 
 ROOT = Path(__file__).parents[1]
 RESULTS, REFERENCE = ROOT / "tools" / "results", ROOT / "tools" / "reference"
+# What the first column of a comparison holds.
+TITLES = {
+    "methods": "calibration",
+    "m": "group",
+    "gradient": "gradient",
+    "start": "groups start from",
+    "sharing": "activation parameters",
+    "learned": "what is learned",
+}
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -20,22 +29,50 @@ def machine(facts: dict[str, str]) -> str:
 
 
 def methods_table(report: dict[str, Any]) -> str:
-    """Calibration methods side by side, as markdown."""
+    """The entries of a comparison side by side, as markdown."""
     lines = [
-        "| calibration | M | iterations | PSNR to fp, mean (p10) | SSIM | time |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| {TITLES[report['sweep']]} | M | iterations | PSNR to fp, mean (p10) | SSIM | MSE | time |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:
-        learned = row["iterations"] > 0
+        spec = row["spec"]
+        steps = spec["warmup"] + spec["iterations"]
+        whole = row["kind"] == "learned" and steps > 0
         lines.append(
-            f"| {row['method']} | {row['group'] if learned else '-'} | {row['iterations'] if learned else '-'} "
-            f"| {row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB | {row['ssim_mean']:.4f} | {row['seconds']:.0f} s |"
+            f"| {row['method']} | {spec['group'] if whole else '-'} | {steps or '-'} "
+            f"| {row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB | {row['ssim_mean']:.4f} | {row['mse']:.2e} "
+            f"| {row['seconds']:.0f} s |"
         )
     bits = report["scheme"]
     name = f"W{bits['weight_bits']}A{bits['activation_bits']}"
-    seeds, where = f"n = {report['n']} held-out seeds", machine(report["machine"])
+    where = machine(report["machine"])
     caption = (
-        f"{name}, {report['checkpoint']}, {report['sampler']} sampler, {seeds}, sampled on the int8 engine; {where}."
+        f"{name}, {report['checkpoint']['name']}, sampler: {report['sampler']}, {report['steps']} steps, "
+        f"n = {report['n']} held-out seeds, sampled on {report['rows'][0]['sampled_on']}; learners have "
+        f"{report['budget_calls'] / 1e3:.0f} thousand network calls each; {where}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def cost_table(report: dict[str, Any]) -> str:
+    """Peak memory and time of an iteration by M, as markdown."""
+    depths = sorted({row["group"] for row in report["rows"]})
+    lines = [
+        "| gradient | " + " | ".join(f"M = {m}" for m in depths) + " |",
+        "|---|" + "---:|" * len(depths),
+    ]
+    for gradient in dict.fromkeys(row["gradient"] for row in report["rows"]):
+        cells = {row["group"]: row for row in report["rows"] if row["gradient"] == gradient}
+        shown = [
+            f"{cells[m]['peak_bytes'] / 2**30:.2f} GiB, {cells[m]['seconds']:.1f} s"
+            if m in cells and "peak_bytes" in cells[m]
+            else (f"> {cells[m]['beyond_bytes'] / 2**30:.0f} GiB" if m in cells else "")
+            for m in depths
+        ]
+        lines.append(f"| {gradient} | " + " | ".join(shown) + " |")
+    caption = (
+        f"Peak memory of the process and time of one iteration, {report['model']}, {report['scheme']}, batch "
+        f"{report['batch']}, {report['threads']} threads; {machine(report['machine'])}."
     )
     return "\n".join([*lines, "", caption])
 
@@ -67,6 +104,8 @@ def readme_results() -> str:
         parts += [methods_table(json.loads(path.read_text())), ""]
     for path in sorted(RESULTS.glob("bench-*.json")):
         parts += [bench_table(json.loads(path.read_text())), ""]
+    for path in sorted(RESULTS.glob("cost-*.json")):
+        parts += [cost_table(json.loads(path.read_text())), ""]
     return "\n".join(parts)
 
 
@@ -84,11 +123,10 @@ the model that AccuQuant's demo and tests quantize. `fashion-ddim.ckpt` is the f
 | data | {facts["data"]} |
 | images seen | {facts["images_seen"]:,} |
 | objective | noise prediction, linear betas 1e-4..0.02, 1000 timesteps, bfloat16 autocast |
-| weighting | SNR clamped at 5, in the last part also at 0.02 |
+| weighting | SNR clamped between 0.02 and 5, no weight above 4 |
 | seed | {facts["seed"]} |
-| last command | `{facts["command"]}` |
-| earlier parts | four, resumed one from another with shorter and shorter `--images`, `--lr 0.0008`, no floor of 0.02 |
-| wall time | {facts["wall_seconds"] / 60:.0f} min in all, shared with other work, on {facts["device"]} |
+| command | `{facts["command"]}` |
+| wall time | {facts["wall_seconds"] / 60:.0f} min on {facts["device"]} |
 | {quality["metric"]} | {score(quality)}, n = {quality["n"]} samples against as many of the test split |
 | its floor | {score(quality["floor"])}, training split against test split, same n |
 | sampler | {quality["sampler"]}, {quality["steps"]} steps, seeds from {quality["seed"]} |
@@ -96,12 +134,6 @@ the model that AccuQuant's demo and tests quantize. `fashion-ddim.ckpt` is the f
 KID is measured on features of an ImageNet EfficientNet-Lite0 and is comparable with nothing but itself.
 
 ![samples](samples.png)
-
-Known limit: sampled with eta = 0, pictures whose starting noise is louder than average keep grain. The layout's 32
-norm groups are one channel each at this width, which hides the latent's amplitude from the network, and a deterministic
-chain cannot correct it; with eta = 1 (sampler `ddim-eta1`, used for the sheet and the demo) it corrects itself.
-
-Not reproducible by one command: the run was shortened and its weighting changed under way, as the table says.
 
 Intended use: a small real model to calibrate, export and test with. It draws garments and nothing else.
 """

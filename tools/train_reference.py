@@ -19,8 +19,6 @@ import gzip
 import json
 import math
 import os
-import platform
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +28,7 @@ import torch
 import typer
 import yaml
 from accuquant.calibrate.families.ddim_unet import UNet, UNetConfig
+from accuquant.runtime.console import machine_facts
 from torch import Tensor, nn
 
 TIMESTEPS, BETA_START, BETA_END = 1000, 1e-4, 0.02
@@ -116,6 +115,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     if threads:
         torch.set_num_threads(threads)
+    threads_used = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     torch.manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
     pixels = read_idx_images(data, "train").to(device)
@@ -194,9 +194,9 @@ def main(
     facts = {
         "images_seen": step * batch,
         "seed": seed,
-        "command": "python tools/train_reference.py " + " ".join(sys.argv[1:]),
+        "command": f"python tools/train_reference.py --images {images} --batch {batch} --lr {lr:g} --seed {seed}",
         "wall_seconds": round(spent + time.monotonic() - begun),
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{machine_facts()['cpu']}, {threads_used}",
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": "Fashion-MNIST, 60 000 training images, 28x28 grey, MIT licence (Zalando SE)",
