@@ -48,7 +48,7 @@ def initialise(
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def look(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-                for index, x in enumerate(inputs):
+                for index, x in enumerate(operators[name].parts(inputs)):
                     see((name, index, row), x)
 
             return look

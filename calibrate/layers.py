@@ -9,7 +9,7 @@ with bfloat16 operands (codes are integers up to 255), which CPUs with AVX512-BF
 quantized operator is exactly the float one, so that teacher and student share their weights.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, cast
 
@@ -102,6 +102,10 @@ class QuantizedOperator(nn.Module):
     def quantizers(self) -> list[ActivationQuantizer]:
         return cast(list[ActivationQuantizer], list(self.inputs))
 
+    def parts(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What each quantizer sees of the operator's inputs."""
+        return inputs
+
     def input_codes(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
         codes, scale = self.quantizers[index](x)
         return codes.to(self.compute), scale
@@ -113,19 +117,36 @@ class QuantizedOperator(nn.Module):
 
 
 class QuantizedConv2d(QuantizedOperator):
+    """A convolution; with `split`, the input's first channels and the others have a quantizer each."""
+
     kind = "conv"
 
-    def __init__(self, name: str, role: Role, conv: nn.Conv2d, weight: Grid, activation: Grid) -> None:
-        super().__init__(name, role, [activation], WeightQuantizer(conv.weight, weight))
+    def __init__(
+        self, name: str, role: Role, conv: nn.Conv2d, weight: Grid, activation: Grid, split: int | None = None
+    ) -> None:
+        grids = [activation] if split is None else [activation, activation]
+        super().__init__(name, role, grids, WeightQuantizer(conv.weight, weight))
         if conv.padding_mode != "zeros":
             raise AccuQuantError(f"layer {name} pads with {conv.padding_mode!r}; only zero padding stays zero in codes")
         self.conv = conv.requires_grad_(False)
+        self.split = split
+
+    def parts(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        (x,) = inputs
+        return (x,) if self.split is None else (x[:, : self.split], x[:, self.split :])
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
             return cast(Tensor, self.conv(x))
-        (x_codes, x_scale), (w_codes, w_scale) = self.input_codes(0, x), self.weight_codes()
-        y = self.conv._conv_forward(x_codes, w_codes, None).float() * (x_scale * w_scale)[:, None, None]
+        w_codes, w_scale = self.weight_codes()
+        y, first = None, 0
+        for index, part in enumerate(self.parts((x,))):
+            codes, scale = self.input_codes(index, part)
+            product = self.conv._conv_forward(codes, w_codes[:, first : first + codes.shape[1]], None).float()
+            first += codes.shape[1]
+            scaled = product * (scale * w_scale)[:, None, None]
+            y = scaled if y is None else y + scaled
+        assert y is not None
         bias = self.bias(self.conv.bias)
         return y if bias is None else y + bias[:, None, None]
 
@@ -160,9 +181,11 @@ class QuantizedMatMul(QuantizedOperator):
 
 
 def quantize_operators(
-    network: nn.Module, scheme: QuantScheme, role_of: Callable[[str], Role]
+    network: nn.Module, scheme: QuantScheme, role_of: Callable[[str], Role], splits: Mapping[str, int] | None = None
 ) -> dict[str, QuantizedOperator]:
     """Replace every Conv2d, Linear and MatMul of `network` by its quantized form, and return them by name.
+
+    `splits` names the convolutions that are quantized in two parts, and the channels of the first (splits.py).
 
     Raises:
         AccuQuantError: the network holds no such operator, or a kind of convolution that has no quantized form yet.
@@ -174,7 +197,12 @@ def quantize_operators(
         role = role_of(name)
         if isinstance(module, nn.Conv2d):
             made[name] = QuantizedConv2d(
-                name, role, module, scheme.weight_grid(role), scheme.activation_grid(role, "conv")
+                name,
+                role,
+                module,
+                scheme.weight_grid(role),
+                scheme.activation_grid(role, "conv"),
+                (splits or {}).get(name),
             )
         elif isinstance(module, nn.Linear):
             made[name] = QuantizedLinear(

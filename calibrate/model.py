@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from .scheme import Role
+from .layers import QuantizedOperator, quantize_operators
+from .scheme import QuantScheme, Role
+from .splits import find_splits
 
 
 @dataclass(frozen=True)
@@ -27,3 +29,9 @@ class DiffusionModel:
     block_of: Callable[[str], str]
     default_sampler: str
     default_steps: int
+
+
+def quantize(model: DiffusionModel, scheme: QuantScheme) -> dict[str, QuantizedOperator]:
+    """Put the model's operators on the scheme's grids, in place, and return them by name; still to be calibrated."""
+    splits = find_splits(model.network, model.sample_shape) if scheme.split else None
+    return quantize_operators(model.network, scheme, model.role_of, splits)

@@ -53,6 +53,7 @@ class QuantScheme(BaseModel):
     activation_bits: int = Field(ge=2, le=8)
     target: TargetName = "cpu"
     policy: PolicyName = "standard"
+    split: bool = False  # a scale for each part of a concatenation that a convolution reads; splits.py
 
     @property
     def name(self) -> str:

@@ -19,8 +19,8 @@ import torch
 from ..calibrate.estimate import Estimate, estimate
 from ..calibrate.families import load_model
 from ..calibrate.journal import Journal
-from ..calibrate.layers import QuantizedOperator, quantize_operators
-from ..calibrate.model import DiffusionModel
+from ..calibrate.layers import QuantizedOperator
+from ..calibrate.model import DiffusionModel, quantize
 from ..calibrate.optimize import Outcome, calibrate
 from ..calibrate.recipe import Recipe, freeze
 from ..calibrate.scheme import QuantScheme
@@ -81,10 +81,15 @@ class Result:
 def prepare(request: Request) -> Prepared:
     """Load the checkpoint, trace the sampler, quantize the operators and estimate the cost."""
     _check_out(request.out)
+    if request.spec.table > 1:
+        raise AccuQuantError(
+            f"table = {request.spec.table}: activation parameters per stretch of the chain run in simulation only "
+            "so far; leave it at 1 to export"
+        )
     model = load_model(request.checkpoint, request.config)
     plan = trace(request.sampler or model.default_sampler, model.noise_schedule, request.steps or model.default_steps)
     network = model.network.to(request.device)
-    operators = quantize_operators(network, request.scheme, model.role_of)
+    operators = quantize(model, request.scheme)
     cost = estimate(network, operators, plan, request.spec, model.sample_shape)
     return Prepared(model, operators, plan, cost)
 

@@ -7,6 +7,7 @@ from ..calibrate.scheme import TargetName
 from .passes.correct_bias import correct_bias
 from .passes.group_norm_affine import group_norm_affine
 from .passes.insert_qdq import insert_qdq
+from .passes.split_shortcuts import split_shortcuts
 from .passes.store_weights import store_weights
 
 # Rewrites that make the float part faster on a target and change nothing else; the twin gets them too, so that a
@@ -20,6 +21,7 @@ def lower(float_graph: ir.Model, recipe: Recipe, target: TargetName) -> tuple[ir
     for model in (twin, quantized):
         for rewrite in FLOAT_REWRITES[target]:
             rewrite(model)
+    recipe = split_shortcuts(quantized, recipe)
     correct_bias(quantized, recipe)
     store_weights(quantized, recipe)
     insert_qdq(quantized, recipe)

@@ -101,6 +101,7 @@ def main(
     out: Annotated[Path, typer.Option()] = Path("build/methods.json"),
     target: Annotated[str, typer.Option()] = "cpu",
     policy: Annotated[str, typer.Option()] = "standard",
+    split: Annotated[bool, typer.Option("--split", help="A scale for each part of a concatenation.")] = False,
     sampler: Annotated[str, typer.Option(help="The family's own if left out.")] = "",
     n: Annotated[int, typer.Option(help="Held-out seeds compared.")] = 256,
     only: Annotated[str, typer.Option(help="Entries by name, separated by commas; all if left out.")] = "",
@@ -116,7 +117,13 @@ def main(
     spec = CalibrationSpec(**parse_settings(set_))
     weight_bits, activation_bits = parse_bits(bits)
     scheme = QuantScheme.model_validate(
-        {"weight_bits": weight_bits, "activation_bits": activation_bits, "target": target, "policy": policy}
+        {
+            "weight_bits": weight_bits,
+            "activation_bits": activation_bits,
+            "target": target,
+            "policy": policy,
+            "split": split,
+        }
     )
     budget = cost(Entry("multi-step", spec))
     entries = [within(entry, budget) for entry in SWEEPS[sweep](spec)]

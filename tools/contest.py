@@ -20,8 +20,8 @@ import torch
 from accuquant.calibrate.blockwise import reconstruct
 from accuquant.calibrate.families import load_model
 from accuquant.calibrate.journal import Journal
-from accuquant.calibrate.layers import quantization, quantize_operators
-from accuquant.calibrate.model import DiffusionModel
+from accuquant.calibrate.layers import quantization
+from accuquant.calibrate.model import DiffusionModel, quantize
 from accuquant.calibrate.optimize import calibrate
 from accuquant.calibrate.recipe import freeze
 from accuquant.calibrate.scheme import QuantScheme
@@ -92,7 +92,7 @@ class Arena:
     def run(self, entry: Entry, show: Callable[[str, int, int, str], None]) -> dict[str, Any]:
         """Calibrate, sample and compare; one row of the table."""
         model = load_model(self.checkpoint)
-        operators = quantize_operators(model.network, self.scheme, model.role_of)
+        operators = quantize(model, self.scheme)
         begun = time.perf_counter()
         row: dict[str, Any] = {"method": entry.name, "kind": entry.method, "cost": cost(entry)}
         row["spec"] = entry.spec.model_dump()

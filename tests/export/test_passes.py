@@ -9,6 +9,7 @@ from accuquant.calibrate.initialise import initialise
 from accuquant.calibrate.layers import quantize_operators
 from accuquant.calibrate.recipe import freeze
 from accuquant.calibrate.scheme import QuantScheme
+from accuquant.calibrate.splits import find_splits
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import simulate
 from accuquant.export.graph import operator_nodes, save_graph, trace_float
@@ -31,7 +32,8 @@ class Lowered:
         self.teacher = simulate(self.network, plan, range(4), tiny.SHAPE)
         self.plan = plan
         self.scheme = QuantScheme(**scheme)
-        self.operators = quantize_operators(self.network, self.scheme, role_of)
+        splits = find_splits(self.network, tiny.SHAPE) if self.scheme.split else None
+        self.operators = quantize_operators(self.network, self.scheme, role_of, splits)
         initialise(self.network, self.operators, plan, self.teacher, "mse")
         self.recipe = freeze(self.operators, self.scheme, {})
         self.graph = trace_float(self.network, self.operators, tiny.SHAPE)
@@ -129,6 +131,35 @@ def test_lowered_graph_computes_what_the_simulation_computes(tiny, tmp_path, bit
     # Rounding flips spread, so the two executions are held against full precision, not against each other.
     assert sqnr(fp, out) == pytest.approx(sqnr(fp, simulation), abs=0.5)
     assert sqnr(simulation, out) > sqnr(fp, simulation) + 3
+
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+def test_split_shortcuts_compute_what_the_simulation_computes(tiny, tmp_path, target):
+    """Two convolutions and a sum, each with its own scale, and the bias once."""
+    made = Lowered(tiny, weight_bits=4, activation_bits=8, target=target, split=True)
+    split = [name for name, op in made.recipe.facts.operators.items() if op.kind == "conv" and len(op.inputs) == 2]
+    assert split
+    assert all(name.startswith("up.") and name.endswith("nin_shortcut") for name in split)
+    quantized, twin = lower(made.graph, made.recipe, target)
+    nodes = operator_nodes(quantized)
+    for name in split:
+        assert nodes[name].inputs[0].producer().op_type == "DequantizeLinear"
+        assert nodes[f"{name}.second"].op_type == "Conv"
+        assert len(nodes[f"{name}.second"].inputs) == 2
+        assert nodes[f"{name}.sum"].op_type == "Add"
+    assert not any(node.name and node.name.endswith(".second") for node in twin.graph)
+    out = made.run(quantized, tmp_path / "q.onnx")
+    fp, simulation = made.torch_output(active=False), made.torch_output(active=True)
+    assert sqnr(fp, out) == pytest.approx(sqnr(fp, simulation), abs=0.5)
+    assert sqnr(simulation, out) > sqnr(fp, simulation) + 3
+
+
+def test_a_convolution_in_two_parts_is_the_convolution(tiny, tmp_path):
+    """At 8 bits with ranges that lose little, split and whole agree to the grid's error."""
+    whole, split = (Lowered(tiny, weight_bits=8, activation_bits=8, split=s) for s in (False, True))
+    a, b = whole.torch_output(active=True), split.torch_output(active=True)
+    np.testing.assert_array_equal(whole.torch_output(active=False), split.torch_output(active=False))
+    assert sqnr(a, b) > 25
 
 
 @pytest.mark.parametrize("folded", [True, False])
