@@ -18,7 +18,7 @@ $(VENV)/ready: pyproject.toml
 	@touch $@
 
 demo: $(VENV)/ready
-	$(BIN)/accuquant-export $(CKPT) --bits 4/8 --sampler ddim-eta1 --out $(DEMO)/fashion-w4a8
+	$(BIN)/accuquant-export $(CKPT) --bits 4/8 --out $(DEMO)/fashion-w4a8
 	$(BIN)/accuquant-sample $(DEMO)/fashion-w4a8 -n 64 --seed 0 --out $(DEMO)/int.png
 	$(BIN)/accuquant-sample $(DEMO)/fashion-w4a8 -n 64 --seed 0 --fp --out $(DEMO)/fp.png
 	$(BIN)/accuquant-bench $(DEMO)/fashion-w4a8 --out $(DEMO)/bench.json

@@ -31,18 +31,18 @@ class CalibrationSpec(BaseModel):
     between: float = Field(0.0, ge=0, description="weight of the latents inside a group beside its end")
     rounding: Rounding = "offset"
     warmup: int = Field(0, ge=0, description="iterations on groups of one step before the others")
-    iterations: int = Field(200, ge=0, description="iterations on groups of M steps")
-    batch: int = Field(8, ge=1, description="trajectories per iteration")
+    iterations: int = Field(400, ge=0, description="iterations on groups of M steps")
+    batch: int = Field(2, ge=1, description="trajectories per iteration")
     graph_mib: int = Field(512, ge=0, description="memory for graphs that the exact gradient need not compute twice")
     width: int = Field(16, ge=1, description="samples that may share a call of the injected gradient's second pass")
     trajectories: int = Field(64, ge=1)
     held_out: int = Field(16, ge=1, description="trajectories that only judge")
     checks: int = Field(4, ge=1, description="how often the held-out trajectories are sampled to the end")
-    scale_rate: float = Field(2e-3, gt=0, description="Adam's step for log scales")
+    scale_rate: float = Field(3e-3, gt=0, description="Adam's step for log scales")
     zero_point_rate: float = Field(0.05, gt=0, description="Adam's step for zero points, in codes")
-    weight_scale_rate: float = Field(0.0, ge=0, description="Adam's step for log scales of weights; 0 leaves them")
+    weight_scale_rate: float = Field(1e-3, ge=0, description="Adam's step for log scales of weights; 0 leaves them")
     bias_rate: float = Field(0.0, ge=0, description="Adam's step for biases; 0 leaves them as they are")
-    rounding_rate: float = Field(2.5e-3, gt=0, description="Adam's step for the rounding variables")
+    rounding_rate: float = Field(3e-3, gt=0, description="Adam's step for the rounding variables")
     rounding_weight: float = Field(1e-2, ge=0, description="AdaRound's regulariser, relative to the loss")
     clip_norm: float = Field(10.0, gt=0, description="largest gradient norm, in multiples of its running mean")
     compute: Literal["auto", "float32"] = Field("auto", description="auto multiplies codes in bfloat16 where native")
@@ -57,7 +57,7 @@ class CalibrationSpec(BaseModel):
 PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
     "smoke": {"iterations": 8, "trajectories": 8, "held_out": 4, "batch": 4, "checks": 1},
     "default": {},
-    "best": {"iterations": 2000, "batch": 16, "trajectories": 256, "held_out": 32, "checks": 10},
+    "best": {"iterations": 4000, "batch": 4, "trajectories": 256, "held_out": 32, "checks": 10},
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..calibrate.cache import TrajectoryCache
 from ..calibrate.estimate import Estimate, estimate
 from ..calibrate.families import load_model
 from ..calibrate.journal import Journal
@@ -58,6 +59,7 @@ class Request:
     resume: bool = False
     device: str = "cpu"
     pictures: int = 64
+    cache: TrajectoryCache | None = None
 
 
 @dataclass(frozen=True)
@@ -172,13 +174,24 @@ def _trajectories(
             found.append(Trajectory.load(path))
             continue
         first += spec.seed << 20
-        runs = simulate(
-            prepared.model.network,
-            prepared.plan,
-            range(first, first + count),
-            prepared.model.sample_shape,
-            progress=lambda done, total, name=name: show(f"{name} trajectories", done, total, ""),  # type: ignore[misc]
-        )
+        depends_on = {
+            "checkpoint": specification["checkpoint"],
+            "plan": specification["plan"],
+            "seeds": [first, count],
+            "torch": torch.__version__,
+            "device": request.device,
+        }
+
+        def compute(name: str = name, first: int = first, count: int = count) -> Trajectory:
+            return simulate(
+                prepared.model.network,
+                prepared.plan,
+                range(first, first + count),
+                prepared.model.sample_shape,
+                progress=lambda done, total: show(f"{name} trajectories", done, total, ""),
+            )
+
+        runs = request.cache.get(depends_on, compute) if request.cache else compute()
         runs.save(path)
         found.append(runs)
     return found[0], found[1]

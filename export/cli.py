@@ -11,6 +11,7 @@ import typer
 from pydantic import ValidationError
 from rich.table import Table
 
+from ..calibrate.cache import TrajectoryCache, default_folder
 from ..calibrate.scheme import QuantScheme, parse_bits
 from ..calibrate.spec import PRESETS, CalibrationSpec, PresetName, parse_settings
 from ..calibrate.trace import SAMPLERS
@@ -35,6 +36,9 @@ def export(
     config: Annotated[Path | None, typer.Option(help="The model's YAML, if it does not lie beside it.")] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures compared in the report.")] = 64,
     device: Annotated[str, typer.Option(help="Where calibration runs: auto, cpu or cuda.")] = "auto",
+    cache_gib: Annotated[
+        float, typer.Option(min=0, help="Disk for teacher trajectories that later runs can use again; 0 keeps none.")
+    ] = 2.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -60,6 +64,7 @@ def export(
         resume=resume,
         device=_device(device),
         pictures=pictures,
+        cache=TrajectoryCache(default_folder(), int(cache_gib * 2**30)),
     )
     prepared = prepare(request)
     spec, cost = request.spec, prepared.estimate

@@ -128,7 +128,7 @@ class Run:
                 state[f"{name}/{i}/zero_point"] = q.zero_point.detach()
             if operator.weight_quantizer is not None:
                 state[f"{name}/codes"] = operator.weight_quantizer.codes()
-                state[f"{name}/scale"] = operator.weight_quantizer.scale
+                state[f"{name}/scale"] = operator.weight_quantizer.scale.detach()
                 if operator.weight_quantizer.choice is not None:
                     state[f"{name}/choice"] = operator.weight_quantizer.choice.detach()
         return state

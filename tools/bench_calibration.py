@@ -5,8 +5,8 @@ process's during its iterations (Linux: VmHWM); what it held before (weights, li
 beside it. Plain unrolling, which keeps the graph of every step, is the yardstick; a cell that needs more than
 --limit-gib is recorded as such.
 
-    python tools/bench_calibration.py --out tools/results/calibration-fashion-ddim.json
-    python tools/bench_calibration.py --model sd15 --batch 1 --out tools/results/calibration-sd15.json
+    python tools/bench_calibration.py --out tools/results/cost-bundled.json
+    python tools/bench_calibration.py --model sd15 --batch 1 --out tools/results/cost-sd15.json
 
 `sd15` is a U-Net of Stable Diffusion 1.5's shape (859 M parameters, latents 4x64x64) with random weights: only scales
 and zero points are learned there, since rounding variables alone would fill the machine.

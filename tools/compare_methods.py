@@ -41,7 +41,7 @@ def methods(spec: CalibrationSpec) -> list[Entry]:
         Entry("percentile", changed(spec, **NOTHING, initialisation="percentile")),
         Entry("mse", changed(spec, **NOTHING)),
         Entry("block-wise", changed(spec, batch=16, warmup=0), "block-wise"),
-        Entry("per-step", changed(spec, **PER_STEP, batch=8)),
+        Entry("per-step", changed(spec, **PER_STEP)),
         Entry("multi-step", spec),
     ]
     return made
@@ -132,13 +132,14 @@ def main(
     if unknown:
         raise AccuQuantError(f"--only {', '.join(sorted(unknown))}: there is {', '.join(e.name for e in entries)}")
     arena = Arena(checkpoint, scheme, sampler, n, spec)
-    rows = []
-    for entry in entries:
-        if entry.name not in wanted:
-            continue
+    named = {entry.name: entry for entry in entries}
+    order = list(named)
+    rows: list[dict[str, Any]] = []
+    for name in wanted:  # in the order asked for, listed in the sweep's own
+        entry = named[name]
         with bar() as show:
             row = arena.run(entry, show)
-        rows.append(row)
+        rows = sorted([*rows, row], key=lambda r: order.index(r["method"]))
         console.print(f"{entry.name}: {row['psnr_mean']:.2f} dB, MSE {row['mse']:.2e}, {row['seconds']:.0f} s")
         report = {
             "schema_version": 2,

@@ -25,7 +25,9 @@ def run(name, *arguments, cwd, **environment):
         text=True,
         check=False,
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "2", "COLUMNS": "160"} | environment,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "2", "COLUMNS": "160", "ACCUQUANT_CACHE": str(cwd / "cache")}
+        | environment,
     )
 
 
@@ -53,6 +55,34 @@ def test_export_says_what_it_found_and_what_it_made(exported):
     assert "Warning" not in done.stderr
     assert (folder / "tiny-w4a8" / "manifest.json").exists()
     assert (folder / "tiny-w4a8" / "report" / "index.html").exists()
+
+
+def test_another_export_of_the_checkpoint_follows_the_same_teacher_without_running_it(exported):
+    """Other bits, the same sampler: no trajectory is simulated again. Other steps: they are."""
+    folder, _ = exported
+    kept = sorted((folder / "cache").iterdir())
+    assert len(kept) == 2
+    common = ["tiny.ckpt", "--preset", "smoke", "--pictures", 4]
+    done = run("accuquant-export", *common, "--bits", "8/8", "--steps", 5, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "trajectories" not in done.stdout.replace("of 8 trajectories each", "")
+    assert sorted((folder / "cache").iterdir()) == kept
+    done = run("accuquant-export", *common, "--bits", "8/8", "--steps", 4, "--cache-gib", 0, cwd=folder)
+    assert "teacher trajectories ..." in done.stdout
+    assert sorted((folder / "cache").iterdir()) == kept
+
+
+def test_calibration_settings_are_reached_by_name(exported):
+    folder, _ = exported
+    done = run(
+        "accuquant-export", "tiny.ckpt", "--bits", "4/8", "--preset", "smoke", "--steps", 5, "--pictures", 4,
+        "--out", "other", "--split", "--set", "gradient=injected-v", "--set", "bias_rate=1e-3", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "injected-v gradient" in done.stdout
+    manifest = json.loads((folder / "other" / "manifest.json").read_text())
+    assert manifest["provenance"]["calibration"]["bias_rate"] == 1e-3
+    assert any(len(f["inputs"]) == 2 and f["kind"] == "conv" for f in manifest["operators"].values())
 
 
 def test_sample_writes_grid_latents_and_folder(exported):
@@ -89,6 +119,9 @@ def mistakes(folder):
         (["accuquant-export", "tiny.ckpt", "--bits", "3.5"], "--bits '3.5' is not understood"),
         (["accuquant-export", "tiny.ckpt", "--bits", "16/8"], "16-bit weights"),
         (["accuquant-export", "tiny.ckpt", "--target", "tpu"], "target tpu"),
+        (["accuquant-export", "tiny.ckpt", "--set", "groups=3"], "a name among"),
+        (["accuquant-export", "tiny.ckpt", "--set", "gradient=guess"], "gradient guess"),
+        (["accuquant-export", "tiny.ckpt", "--set", "table=4"], "leave it at 1"),
         (["accuquant-export", "tiny.ckpt", "--preset", "fast"], "known: smoke, default, best"),
         (["accuquant-export", "tiny.ckpt", "--sampler", "dimm"], "unknown sampler 'dimm'"),
         (["accuquant-export", "tiny.ckpt", "--steps", "5000"], "5000 sampling steps"),
