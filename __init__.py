@@ -6,7 +6,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["AccuQuantError", "Bundle", "Pipeline", "SamplingPlan", "__version__"]
 
 if TYPE_CHECKING:

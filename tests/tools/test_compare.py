@@ -1,0 +1,92 @@
+"""The comparison tools: budgets that are equal, and a small comparison from checkpoint to table."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture(scope="module")
+def contest():
+    sys.path.insert(0, str(TOOLS))
+    try:
+        import contest
+
+        yield contest
+    finally:
+        sys.path.remove(str(TOOLS))
+
+
+@pytest.fixture(scope="module")
+def sweeps(contest):
+    import compare_methods
+
+    return compare_methods
+
+
+def test_an_iteration_costs_its_network_calls(contest):
+    """Plain calls count 1, differentiated ones 3, the last row of a group is called once."""
+    from accuquant.calibrate.spec import CalibrationSpec
+
+    def cost(method="learned", **settings):
+        return contest.cost(contest.Entry("x", CalibrationSpec(batch=2, iterations=10, **settings), method))
+
+    assert cost(group=1) == 10 * 2 * 3
+    assert cost(group=5) == 10 * 2 * (4 + 5 * 3)
+    assert cost(group=5, gradient="injected-v") == 10 * 2 * 5 * 4
+    assert cost(group=5, warmup=10) == cost(group=5) + cost(group=1)
+    assert cost(group=5, start="student", aim="local") == cost(group=5) + 10 * 2 * 5
+    assert cost("block-wise", group=5) == 10 * 2 * 3
+
+
+@pytest.mark.parametrize("sweep", ["methods", "m", "gradient", "start", "sharing", "learned"])
+def test_every_entry_that_learns_spends_the_same(contest, sweeps, sweep):
+    from accuquant.calibrate.spec import CalibrationSpec
+
+    spec = CalibrationSpec()
+    budget = contest.cost(contest.Entry("first", spec))
+    costs = {e.name: contest.cost(contest.within(e, budget)) for e in sweeps.SWEEPS[sweep](spec)}
+    free = {name for name, cost in costs.items() if cost == 0}
+    assert free == ({"min-max", "percentile", "mse"} if sweep == "methods" else set())
+    assert all(abs(cost / budget - 1) < 0.01 for name, cost in costs.items() if name not in free), costs
+
+
+def test_a_comparison_from_checkpoint_to_table(tiny, tmp_path):
+    checkpoint = tiny.save_checkpoint(tmp_path, tiny.unet())
+    arguments = [checkpoint, "--n", 4, "--bits", "4/8", "--out", tmp_path / "table.json", "--threads", 1]
+    arguments += ["--only", "multi-step,block-wise,mse"]
+    for setting in ("iterations=3", "trajectories=4", "held_out=2", "checks=1"):
+        arguments += ["--set", setting]
+    done = subprocess.run(
+        [sys.executable, str(TOOLS / "compare_methods.py"), *map(str, arguments)],
+        capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "160"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "table.json").read_text())
+    assert [row["method"] for row in report["rows"]] == ["mse", "block-wise", "multi-step"]
+    for row in report["rows"]:
+        assert row["psnr_mean"] > 5
+        assert len(row["accumulated_mse"]) == len(row["single_mse"]) == report["steps"]
+        assert row["method"] in done.stdout
+    assert (tmp_path / "table.drift.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "table.single.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--sweep", "weather"], "there is methods"), (["--only", "luck"], "there is min-max"), (["--set", "luck=1"], "among")],
+)
+def test_a_wrong_option_is_one_sentence(tiny, tmp_path, arguments, words):
+    checkpoint = tiny.save_checkpoint(tmp_path, tiny.unet())
+    done = subprocess.run(
+        [sys.executable, str(TOOLS / "compare_methods.py"), str(checkpoint), *arguments],
+        capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "160"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
