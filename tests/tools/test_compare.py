@@ -79,7 +79,11 @@ def test_a_comparison_from_checkpoint_to_table(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--sweep", "weather"], "there is methods"), (["--only", "luck"], "there is min-max"), (["--set", "luck=1"], "among")],
+    [
+        (["--sweep", "weather"], "there is methods"),
+        (["--only", "luck"], "there is min-max"),
+        (["--set", "luck=1"], "among"),
+    ],
 )
 def test_a_wrong_option_is_one_sentence(tiny, tmp_path, arguments, words):
     checkpoint = tiny.save_checkpoint(tmp_path, tiny.unet())
