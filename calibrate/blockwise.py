@@ -40,7 +40,7 @@ def reconstruct(
 
     `block_of` names the module that an operator is reconstructed with, the operator itself if it stands alone.
     """
-    initialise(network, operators, plan, teacher, spec.initialisation)
+    initialise(network, operators, plan, teacher, spec.initialisation, smoothing=spec.smoothing)
     blocks: dict[str, dict[str, QuantizedOperator]] = {}
     for name, operator in operators.items():
         blocks.setdefault(block_of(name), {})[name] = operator
@@ -123,7 +123,7 @@ def _learn(
             error = block(*(x[rows] for x in inputs)) - wanted[rows]
             error.square().mean().backward()
         if spec.rounding == "adaround" and math.isfinite(beta := annealed_beta(progress)):
-            scale = spec.rounding_weight * float(error.detach().square().mean()) / 1e3
+            scale = spec.rounding_weight * float(error.detach().square().mean())
             for weight in weights:
                 (weight.regulariser(beta) * scale).backward()
         optimizer.step()

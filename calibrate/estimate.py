@@ -56,7 +56,8 @@ def estimate(
     per_group = rows / len(cut(plan, spec.group, spec.grouping))
     kept = min(per_group, max(1, spec.graph_mib * 2**20 // graph))
     teacher = (spec.trajectories + spec.held_out) * rows * plain
-    judging = (spec.checks + 1) * spec.held_out * rows * judged
+    judgements = spec.checks + 3 if spec.total else 1  # the first, and every group by itself before and after
+    judging = judgements * spec.held_out * rows * judged
     learning = spec.warmup * both + spec.iterations * ((per_group - kept) * quantized + per_group * both)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     # Rounding variables, their gradient and two moments: four more numbers for every weight.

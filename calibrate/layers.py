@@ -86,6 +86,7 @@ class QuantizedOperator(nn.Module):
         self.inputs = nn.ModuleList(ActivationQuantizer(grid) for grid in input_grids)
         self.weight_quantizer = weight
         self.shift: nn.Parameter | None = None
+        self.smoothing: Tensor | None = None  # (C,) of the input, which smooth.py moved into the weight
 
     def learn_bias(self) -> None:
         """Attach what is learned on top of the float bias, one number per output channel; zero to begin with."""
@@ -133,6 +134,8 @@ class QuantizedConv2d(QuantizedOperator):
 
     def parts(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         (x,) = inputs
+        if self.smoothing is not None:
+            x = x * self.smoothing.reciprocal()[:, None, None]
         return (x,) if self.split is None else (x[:, : self.split], x[:, self.split :])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,9 +161,13 @@ class QuantizedLinear(QuantizedOperator):
         super().__init__(name, role, [activation], WeightQuantizer(linear.weight, weight))
         self.linear = linear.requires_grad_(False)
 
+    def parts(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return inputs if self.smoothing is None else (inputs[0] * self.smoothing.reciprocal(),)
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
             return cast(Tensor, self.linear(x))
+        (x,) = self.parts((x,))
         (x_codes, x_scale), (w_codes, w_scale) = self.input_codes(0, x), self.weight_codes()
         y = F.linear(x_codes, w_codes).float() * (x_scale * w_scale)
         bias = self.bias(self.linear.bias)

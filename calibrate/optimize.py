@@ -2,7 +2,8 @@
 
 Every iteration takes one group (each once per round, in shuffled order), a batch of teacher trajectories, the gradient
 of the group's end loss, and one Adam step on three kinds of variables with rates of their own, cosine-decayed to zero.
-The state that samples held-out seeds best, to the end of the whole chain, is the one that is kept - be it the first.
+The state that samples held-out seeds best, to the end of the whole chain, is the one that is kept - be it the first;
+guard.py then looks at every group by itself.
 """
 
 import math
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..runtime.plan import SamplingPlan
 from .batches import Batches
 from .carry import carry
+from .guard import GroupGain, activation_state, fall_back, group_errors
 from .initialise import initialise
 from .journal import Journal, Snapshot, pack_optimizer, unpack_optimizer
 from .layers import QuantizedOperator, fast_compute, quantization
@@ -29,10 +31,14 @@ NORM_MEMORY = 0.9  # of the running mean that gradient clipping compares with
 
 @dataclass
 class Outcome:
-    """Held-out error by iteration, as `held_out_error` defines it; `kept` is the iteration of the best."""
+    """Held-out error by iteration, as `held_out_error` defines it; `kept` is the iteration of the best.
+
+    `groups` tells what learning did to every group; empty if nothing was learned.
+    """
 
     held_out: dict[int, float] = field(default_factory=dict)
     kept: int = 0
+    groups: list[GroupGain] = field(default_factory=list)
 
     @property
     def initial(self) -> float:
@@ -66,11 +72,16 @@ def calibrate(
 
     if spec.table > 1:
         tabulate(network, operators, plan, spec.table)
-    initialise(network, operators, plan, teacher, spec.initialisation, lambda d, t: tell("ranges", d, t))
+    initialise(
+        network, operators, plan, teacher, spec.initialisation, lambda d, t: tell("ranges", d, t),
+        smoothing=spec.smoothing,
+    )  # fmt: skip
     learner = _Learner(network, operators, plan, teacher, spec)
     outcome = Outcome()
     start, norm = 0, 0.0
     best = learner.state()
+    groups = cut(plan, spec.group, spec.grouping) if spec.total else []
+    initial, before = activation_state(operators), group_errors(network, operators, plan, judge, groups)
 
     snapshot = journal.read() if resume else None
     if snapshot is not None:
@@ -108,6 +119,7 @@ def calibrate(
             record(done)
         tell("multi-step", done, spec.total, loss)
     learner.restore(best)
+    outcome.groups = fall_back(network, operators, plan, judge, groups, before, initial)
     for operator in operators.values():
         operator.active = True
     return outcome
@@ -195,7 +207,7 @@ class _Learner:
         loss = float(ended.loss)
         if spec.rounding == "adaround" and math.isfinite(beta := annealed_beta(progress)):
             for weight in self.weights:
-                (weight.regulariser(beta) * (spec.rounding_weight * loss / 1e3)).backward()
+                (weight.regulariser(beta) * (spec.rounding_weight * loss)).backward()
         with torch.no_grad():
             now = float(torch.stack([v.grad.norm() for v in self.variables.values() if v.grad is not None]).norm())
             if math.isfinite(now):

@@ -1,8 +1,8 @@
 """The recipe: what calibration learned, frozen, ready to be lowered.
 
 Two files. `recipe.safetensors` holds per weighted operator its integer weight (int8 container) and per-channel scale,
-and what was learned on top of its bias, if anything;
-`recipe.json` the scales and zero points of activations, the scheme, and how they came to be. Weights are stored as the
+and, if there are any, what was learned on top of its bias and what its input channels are divided by; `recipe.json` the
+scales and zero points of activations, the scheme, and how they came to be. Weights are stored as the
 integers that will run, so no later stage rounds again.
 """
 
@@ -61,7 +61,10 @@ class RecipeFacts(BaseModel):
 
 
 class Recipe:
-    """Facts and tensors together: `codes[name]` int8 (C, ...), `scales[name]` and `shifts[name]` float32 (C,)."""
+    """Facts and tensors together: `codes[name]` int8 (C, ...), `scales[name]` and `shifts[name]` float32 (C,).
+
+    `smoothings[name]` is float32 (C_in,): the input's channels are divided by it, the weight's were multiplied.
+    """
 
     def __init__(
         self,
@@ -69,8 +72,10 @@ class Recipe:
         codes: dict[str, Tensor],
         scales: dict[str, Tensor],
         shifts: dict[str, Tensor] | None = None,
+        smoothings: dict[str, Tensor] | None = None,
     ) -> None:
-        self.facts, self.codes, self.scales, self.shifts = facts, codes, scales, shifts or {}
+        self.facts, self.codes, self.scales = facts, codes, scales
+        self.shifts, self.smoothings = shifts or {}, smoothings or {}
         for name, scale in scales.items():
             if not (torch.isfinite(scale) & (scale > 0)).all():
                 raise AccuQuantError(f"layer {name}: a weight scale is zero, negative or not finite; calibrate again")
@@ -79,6 +84,7 @@ class Recipe:
         tensors = {f"{name}.codes": codes for name, codes in self.codes.items()}
         tensors |= {f"{name}.scale": scale for name, scale in self.scales.items()}
         tensors |= {f"{name}.shift": shift for name, shift in self.shifts.items()}
+        tensors |= {f"{name}.smoothing": smoothing for name, smoothing in self.smoothings.items()}
         with atomic(folder / "recipe.safetensors") as part:
             save_file({k: v.contiguous() for k, v in tensors.items()}, part)
         write_text(folder / "recipe.json", self.facts.model_dump_json(indent=1) + "\n")
@@ -90,11 +96,11 @@ class Recipe:
             tensors = load_file(folder / "recipe.safetensors")
         except (OSError, ValidationError, UnicodeDecodeError, SafetensorError) as error:
             raise AccuQuantError(f"{folder} holds no usable recipe: {error}") from error
-        codes, scales, shifts = (
+        codes, scales, shifts, smoothings = (
             {k.removesuffix(end): v for k, v in tensors.items() if k.endswith(end)}
-            for end in (".codes", ".scale", ".shift")
+            for end in (".codes", ".scale", ".shift", ".smoothing")
         )
-        return cls(facts, codes, scales, shifts)
+        return cls(facts, codes, scales, shifts, smoothings)
 
 
 @torch.no_grad()
@@ -108,6 +114,7 @@ def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provena
     codes: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     shifts: dict[str, Tensor] = {}
+    smoothings: dict[str, Tensor] = {}
     for name, operator in operators.items():
         inputs = []
         for quantizer in operator.quantizers:
@@ -135,6 +142,8 @@ def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provena
             scales[name] = weight.scale.flatten().float().cpu()
         if operator.shift is not None:
             shifts[name] = operator.shift.float().cpu().clone()
+        if operator.smoothing is not None:
+            smoothings[name] = operator.smoothing.float().cpu().clone()
         facts[name] = OperatorRecipe(
             kind=operator.kind,
             role=operator.role,
@@ -144,4 +153,4 @@ def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provena
     table = next((q.table for op in operators.values() for q in op.quantizers), None)
     bounds = () if table is None else table.bounds
     known = RecipeFacts(scheme=scheme, operators=facts, step_bounds=bounds, provenance=provenance)
-    return Recipe(known, codes, scales, shifts)
+    return Recipe(known, codes, scales, shifts, smoothings)

@@ -4,7 +4,7 @@ For a weight w with per-output-channel scale s, on the signed symmetric grid:
 
     nearest    w_q = s clamp(round(w / s))
     AdaRound   w_q = s clamp(floor(w / s) + h(v)),   h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)       (Nagel et al. 2020)
-               regulariser  sum 1 - |2 h(v) - 1|^beta,  beta annealed from 20 to 2
+               regulariser  mean of 1 - |2 h(v) - 1|^beta,  beta annealed from 20 to 2
     offset     w_q = s clamp(round(w / s + d)),      |d| <= 1/2, straight through the rounding     (Cheng et al. 2023)
 
 AdaRound trains on soft weights and hardens them slowly: exact at the end, but it wants thousands of iterations. The
@@ -99,8 +99,8 @@ class WeightQuantizer(nn.Module):
         return (torch.sigmoid(self.choice) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def regulariser(self, beta: float) -> Tensor:
-        """Sum over weights of 1 - |2h - 1|^beta: zero once every choice is made."""
-        return (1 - (2 * self._h() - 1).abs().pow(beta)).sum()
+        """Mean over the layer's weights of 1 - |2h - 1|^beta, the undecided share: zero once every choice is made."""
+        return (1 - (2 * self._h() - 1).abs().pow(beta)).mean()
 
     @torch.no_grad()
     def project(self) -> None:

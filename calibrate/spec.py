@@ -22,6 +22,7 @@ class CalibrationSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     initialisation: Initialisation = "mse"
+    smoothing: float = Field(0.0, ge=0, le=1, description="SmoothQuant's alpha for linear layers; 0 does without")
     group: int = Field(5, ge=1, description="M, the sampling steps that are simulated before the loss is taken")
     grouping: Grouping = Field("count", description="groups of equal count, or of equal angle between signal and noise")
     gradient: Gradient = "exact"
@@ -43,7 +44,7 @@ class CalibrationSpec(BaseModel):
     weight_scale_rate: float = Field(1e-3, ge=0, description="Adam's step for log scales of weights; 0 leaves them")
     bias_rate: float = Field(0.0, ge=0, description="Adam's step for biases; 0 leaves them as they are")
     rounding_rate: float = Field(3e-3, gt=0, description="Adam's step for the rounding variables")
-    rounding_weight: float = Field(1e-2, ge=0, description="AdaRound's regulariser, relative to the loss")
+    rounding_weight: float = Field(1.0, ge=0, description="AdaRound's undecided share of a layer, in losses")
     clip_norm: float = Field(10.0, gt=0, description="largest gradient norm, in multiples of its running mean")
     compute: Literal["auto", "float32"] = Field("auto", description="auto multiplies codes in bfloat16 where native")
     seed: int = Field(0, ge=0)

@@ -306,6 +306,7 @@ def _write_report(
         drift=drift,
         held_out=outcome.held_out,
         kept=outcome.kept,
+        groups=outcome.groups,
         calibration=request.spec.model_dump(),
         layers=layers,
         sizes={

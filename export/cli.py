@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from ..calibrate.cache import TrajectoryCache, default_folder
+from ..calibrate.guard import verdict
 from ..calibrate.scheme import QuantScheme, parse_bits
 from ..calibrate.spec import PRESETS, CalibrationSpec, PresetName, parse_settings
 from ..calibrate.trace import SAMPLERS
@@ -118,6 +119,8 @@ def _summary(request: Request, result: Result) -> Table:
         f"{held.initial:.2e} at the start, {held.best:.2e} kept "
         f"(iteration {held.kept}; n = {request.spec.held_out} held out)",
     )
+    if held.groups:
+        table.add_row(f"groups of {request.spec.group} steps", verdict(held.groups))
     times = comparison.seconds
     table.add_row(
         f"sampling {n} pictures",

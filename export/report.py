@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from ..calibrate.guard import GroupGain, verdict
 from ..runtime.errors import AccuQuantError
 from ..runtime.fidelity import PSNR_CAP
 from ..runtime.files import write_text
@@ -70,6 +71,7 @@ class ReportFacts(BaseModel):
     drift: list[DriftPoint]
     held_out: dict[int, float]
     kept: int
+    groups: list[GroupGain] = []
     calibration: dict[str, Any]
     layers: list[LayerRow]
     sizes: dict[str, int]
@@ -206,7 +208,8 @@ def _calibration(facts: ReportFacts, held_out: Mapping[int, float]) -> str:
     return _figure(
         figures.calibration(held_out, facts.kept, f"Calibration, held-out error{n}"),
         f"Held-out error by calibration iteration{n}",
-        f"End-of-chain error of seeds that calibration never trains on.{change}",
+        f"End-of-chain error of seeds that calibration never trains on.{change}"
+        + (f" Group by group, from the teacher's latents: {escape(verdict(facts.groups))}." if facts.groups else ""),
     )
 
 

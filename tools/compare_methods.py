@@ -1,6 +1,6 @@
 """Calibration methods side by side: same checkpoint, grids, layer policy, trajectories, budget and seeds.
 
-    methods     min-max, percentile, mse (nothing learned); block-wise reconstruction; per-step (M = 1); multi-step
+    methods     min-max, percentile, mse, SmoothQuant (nothing learned); block-wise reconstruction; per-step (M = 1); multi-step
     m           groups of M = 1 .. the whole chain
     gradient    exact, and the injected forms
     start       groups that start from the teacher or where the student is, and what they must end in
@@ -40,6 +40,7 @@ def methods(spec: CalibrationSpec) -> list[Entry]:
         Entry("min-max", changed(spec, **NOTHING, initialisation="min-max")),
         Entry("percentile", changed(spec, **NOTHING, initialisation="percentile")),
         Entry("mse", changed(spec, **NOTHING)),
+        Entry("smoothquant", changed(spec, **NOTHING, initialisation="min-max", smoothing=0.5)),
         Entry("block-wise", changed(spec, batch=16, warmup=0), "block-wise"),
         Entry("per-step", changed(spec, **PER_STEP)),
         Entry("multi-step", spec),

@@ -33,7 +33,7 @@ def split_shortcuts(model: ir.Model, recipe: Recipe) -> Recipe:
         codes[name], codes[second] = recipe.codes[name][:, :width], recipe.codes[name][:, width:]
         scales[second] = scales[name]
     known = recipe.facts.model_copy(update={"operators": facts})
-    return Recipe(known, codes, scales, recipe.shifts)
+    return Recipe(known, codes, scales, recipe.shifts, recipe.smoothings)
 
 
 def _take_apart(model: ir.Model, node: ir.Node | None, name: str, second: str) -> int:

@@ -18,6 +18,7 @@ from accuquant.export.passes.group_norm_affine import group_norm_affine
 from accuquant.export.passes.insert_qdq import insert_qdq
 from accuquant.export.passes.store_weights import store_weights
 from accuquant.export.verify import check_graph, sqnr
+from accuquant.runtime.engines import open_engine
 from accuquant.runtime.engines.base import EngineOptions
 from accuquant.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from accuquant.runtime.errors import AccuQuantError
@@ -26,7 +27,7 @@ from accuquant.runtime.errors import AccuQuantError
 class Lowered:
     """The tiny U-Net with scales from data, its recipe and its float graph."""
 
-    def __init__(self, tiny, **scheme):
+    def __init__(self, tiny, smoothing=0.0, **scheme):
         self.network = tiny.unet()
         plan = trace("ddim", tiny.NOISE_SCHEDULE, 4)
         self.teacher = simulate(self.network, plan, range(4), tiny.SHAPE)
@@ -34,7 +35,7 @@ class Lowered:
         self.scheme = QuantScheme(**scheme)
         splits = find_splits(self.network, tiny.SHAPE) if self.scheme.split else None
         self.operators = quantize_operators(self.network, self.scheme, role_of, splits)
-        initialise(self.network, self.operators, plan, self.teacher, "mse")
+        initialise(self.network, self.operators, plan, self.teacher, "mse", smoothing=smoothing)
         self.recipe = freeze(self.operators, self.scheme, {})
         self.graph = trace_float(self.network, self.operators, tiny.SHAPE)
 
@@ -185,6 +186,22 @@ def test_learned_biases_reach_the_graph(tiny, tmp_path, folded):
         operator.shift = None
     assert sqnr(made.torch_output(active=True), got) < 20
     assert not any("bias.corrected" in (v or "") for v in twin.graph.initializers)
+
+
+def test_smoothed_inputs_are_divided_in_the_graph(tiny, tmp_path):
+    """As in the simulation, through the disk, and still in integer kernels."""
+    made = Lowered(tiny, smoothing=0.5, weight_bits=8, activation_bits=8)
+    assert "mid.attn_1.q" in made.recipe.smoothings
+    made.recipe.save(tmp_path)
+    again = type(made.recipe).load(tmp_path)
+    quantized, _ = lower(made.graph, again, "cpu")
+    got = made.run(quantized, tmp_path / "q.onnx")
+    assert sqnr(made.torch_output(active=True), got) > 35
+    plain = Lowered(tiny, weight_bits=8, activation_bits=8)
+    assert sqnr(plain.torch_output(active=True), got) < 35
+    kernels = open_engine(tmp_path / "q.onnx", EngineOptions(batch=4), "openvino").kernels()
+    ran = {node.partition("/")[0]: kernel.precision for kernel in kernels for node in kernel.nodes}
+    assert {ran[name] for name in again.smoothings} <= {"i8", "u8"}
 
 
 def test_six_bit_activations_stay_on_their_grid(tiny):

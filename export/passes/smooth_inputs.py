@@ -1,0 +1,40 @@
+"""Divide input channels by what calibration moved into the weight.
+
+    x -> operator   ->   x -> Mul(1 / m) -> operator
+
+Before Q/DQ goes in, so that the divided values are what is quantized.
+
+Requires: every layer of recipe.smoothings is a node of that name, with m over the input's channel axis.
+Ensures: that node's first input is a Mul with a float constant.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from ...calibrate.recipe import Recipe
+from ...runtime.errors import AccuQuantError
+from ..graph import operator_nodes
+
+
+def smooth_inputs(model: ir.Model, recipe: Recipe) -> int:
+    """Rewrite in place; returns how many inputs were divided.
+
+    Raises:
+        AccuQuantError: a layer of the recipe is not in the graph.
+    """
+    nodes = operator_nodes(model)
+    for name, smoothing in recipe.smoothings.items():
+        node = nodes.get(name)
+        if node is None:
+            raise AccuQuantError(f"layer {name} of the recipe is not in the graph; recipe and checkpoint do not fit")
+        factor = smoothing.reciprocal().numpy()
+        if node.op_type == "Conv":
+            factor = factor.reshape(1, -1, 1, 1)
+        value = ir.tensor(np.ascontiguousarray(factor), name=f"{name}.smoothing")
+        constant = ir.val(value.name, const_value=value)
+        model.graph.register_initializer(constant)
+        divide = ir.Node("", "Mul", [node.inputs[0], constant], name=f"{name}.smooth")
+        divide.outputs[0].name = f"{name}.smooth.output"
+        model.graph.insert_before(node, divide)
+        node.replace_input_with(0, divide.outputs[0])
+    return len(recipe.smoothings)
