@@ -1,6 +1,6 @@
 """Calibration methods side by side: same checkpoint, grids, layer policy, trajectories, budget and seeds.
 
-    methods     min-max, percentile, mse, SmoothQuant (nothing learned); block-wise reconstruction; per-step (M = 1); multi-step
+    methods     min-max, percentile, mse, SmoothQuant (nothing learned); block-wise reconstruction; per-step; multi-step
     m           groups of M = 1 .. the whole chain
     gradient    exact, and the injected forms
     start       groups that start from the teacher or where the student is, and what they must end in
