@@ -71,12 +71,13 @@ def sharing(spec: CalibrationSpec) -> list[Entry]:
 
 def learned(spec: CalibrationSpec) -> list[Entry]:
     bare = {"rounding": "nearest", "weight_scale_rate": 0.0, "bias_rate": 0.0}
+    scales, biases = {"weight_scale_rate": spec.weight_scale_rate or 2e-4}, {"bias_rate": spec.bias_rate or 3e-4}
     return [
         Entry("activations", changed(spec, **bare)),
         Entry("+ rounding", changed(spec, **{**bare, "rounding": "offset"})),
         Entry("+ AdaRound instead", changed(spec, **{**bare, "rounding": "adaround"})),
-        Entry("+ rounding, weight scales", changed(spec, **{**bare, "rounding": "offset", "weight_scale_rate": 1e-3})),
-        Entry("+ rounding, biases", changed(spec, **{**bare, "rounding": "offset", "bias_rate": 1e-3})),
+        Entry("+ rounding, weight scales", changed(spec, **{**bare, "rounding": "offset", **scales})),
+        Entry("+ rounding, biases", changed(spec, **{**bare, "rounding": "offset", **biases})),
     ]
 
 
@@ -126,14 +127,13 @@ def main(
             "split": split,
         }
     )
-    budget = cost(Entry("multi-step", spec))
-    entries = [within(entry, budget) for entry in SWEEPS[sweep](spec)]
-    wanted = only.split(",") if only else [entry.name for entry in entries]
-    unknown = set(wanted) - {entry.name for entry in entries}
-    if unknown:
-        raise AccuQuantError(f"--only {', '.join(sorted(unknown))}: there is {', '.join(e.name for e in entries)}")
+    asked = {entry.name: entry for entry in SWEEPS[sweep](spec)}
+    wanted = only.split(",") if only else list(asked)
+    if unknown := set(wanted) - set(asked):
+        raise AccuQuantError(f"--only {', '.join(sorted(unknown))}: there is {', '.join(asked)}")
     arena = Arena(checkpoint, scheme, sampler, n, spec)
-    named = {entry.name: entry for entry in entries}
+    budget = cost(Entry("multi-step", spec), arena.graph)
+    named = {name: within(entry, budget, arena.graph) for name, entry in asked.items()}
     order = list(named)
     rows: list[dict[str, Any]] = []
     for name in wanted:  # in the order asked for, listed in the sweep's own

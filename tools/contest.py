@@ -1,8 +1,8 @@
 """One calibration method run and judged: same checkpoint, grids, layer policy, trajectories, budget and seeds for all.
 
 The budget counts network calls of one sample: a plain call is 1, one with its gradient 3. An iteration of groups of M
-steps at batch B then costs (4M - 1) B with the exact gradient, 4 M B with an injected one; block-wise reconstruction
-3 B for an iteration of every block. Seconds are measured beside it.
+steps at batch B then costs (4M - K) B with the exact gradient, where K graphs are kept from the first pass, and 4 M B
+with an injected one; block-wise reconstruction 3 B for an iteration of every block. Seconds are measured beside it.
 
 Every outcome that can be exported is lowered and sampled on this machine's engine; an activation table, which runs in
 simulation only, is sampled there. Pictures are compared with those of the full-precision twin.
@@ -23,6 +23,7 @@ from accuquant.calibrate.families import load_model
 from accuquant.calibrate.journal import Journal
 from accuquant.calibrate.layers import quantization
 from accuquant.calibrate.model import DiffusionModel, quantize
+from accuquant.calibrate.multistep import graph_bytes
 from accuquant.calibrate.optimize import calibrate
 from accuquant.calibrate.recipe import freeze
 from accuquant.calibrate.scheme import QuantScheme
@@ -56,20 +57,24 @@ class Entry:
     method: Method = "learned"
 
 
-def cost(entry: Entry) -> float:
-    """Network calls of one sample, gradients counted as two more."""
+def cost(entry: Entry, graph: int | None = None) -> float:
+    """Network calls of one sample, gradients counted as two more; `graph` is the bytes one sample keeps for its own.
+
+    Without it one graph is taken to fit.
+    """
     spec = entry.spec
     if entry.method == "block-wise":
         return 3 * spec.batch * spec.iterations
     m = spec.group
-    calls = 4 * m - 1 if spec.gradient == "exact" or m == 1 else 4 * m
+    fit = 1 if graph is None else max(1, spec.graph_mib * 2**20 // (graph * spec.batch))
+    calls = 4 * m - min(m, fit) if spec.gradient == "exact" or m == 1 else 4 * m
     local = m if spec.start == "student" and spec.aim == "local" else 0
     return spec.batch * (3 * spec.warmup + (calls + local) * spec.iterations)
 
 
-def within(entry: Entry, budget: float) -> Entry:
+def within(entry: Entry, budget: float, graph: int | None = None) -> Entry:
     """The entry with as many iterations as the budget pays for, its warm-up keeping its share of them."""
-    whole = cost(entry)
+    whole = cost(entry, graph)
     if whole == 0:
         return entry
     share = budget / whole
@@ -89,13 +94,16 @@ class Arena:
         self.judge = simulate(model.network, self.plan, _seeds(JUDGE_SEEDS, spec.held_out), self.shape)
         self.shown = simulate(model.network, self.plan, range(DRIFT_SEEDS), self.shape)
         self.fp: np.ndarray | None = None
+        operators = quantize(model, scheme)
+        with quantization(operators, active=True):
+            self.graph = graph_bytes(model.network, self.plan, self.teacher.states[0, :1])
 
     def run(self, entry: Entry, show: Callable[[str, int, int, str], None]) -> dict[str, Any]:
         """Calibrate, sample and compare; one row of the table."""
         model = load_model(self.checkpoint)
         operators = quantize(model, self.scheme)
         begun = time.perf_counter()
-        row: dict[str, Any] = {"method": entry.name, "kind": entry.method, "cost": cost(entry)}
+        row: dict[str, Any] = {"method": entry.name, "kind": entry.method, "cost": cost(entry, self.graph)}
         row["spec"] = entry.spec.model_dump()
         if entry.method == "block-wise":
             reconstruct(

@@ -44,6 +44,16 @@ def test_an_iteration_costs_its_network_calls(contest):
     assert cost("block-wise", group=5) == 10 * 2 * 3
 
 
+def test_graphs_that_fit_are_not_paid_for_twice(contest):
+    """512 MiB at batch 2 hold 64 graphs of 4 MiB, three of 80, and always one."""
+    from accuquant.calibrate.spec import CalibrationSpec
+
+    entry = contest.Entry("x", CalibrationSpec(batch=2, iterations=10, group=5))
+    assert contest.cost(entry, 4 << 20) == 10 * 2 * 15
+    assert contest.cost(entry, 80 << 20) == 10 * 2 * (4 * 5 - 3)
+    assert contest.cost(entry, 4 << 30) == contest.cost(entry) == 10 * 2 * (4 * 5 - 1)
+
+
 @pytest.mark.parametrize("sweep", ["methods", "m", "gradient", "start", "sharing", "learned"])
 def test_every_entry_that_learns_spends_the_same(contest, sweeps, sweep):
     from accuquant.calibrate.spec import CalibrationSpec
