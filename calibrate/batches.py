@@ -58,14 +58,16 @@ class Batches:
         def noise(j: int) -> Tensor:
             return step_noise(seeds, j, shape, self.device)
 
+        condition = self.teacher.condition_of(rows, self.device)
         inner = range(group.start + 1, group.stop) if self.spec.between else range(0)
         if walked is not None and self.spec.aim == "local":
             with quantization(self.operators, active=False):
-                latents, _ = roll(self.network, self.plan, group, GroupBatch(start, start, history, noise))
+                here = GroupBatch(start, start, history, noise, condition=condition)
+                latents, _ = roll(self.network, self.plan, group, here)
             wanted = {i: latents[i - group.start] for i in (*inner, group.stop)}
         else:
             wanted = {i: self._teacher_state(i, rows) for i in (*inner, group.stop)}
-        return group, GroupBatch(start, wanted.pop(group.stop), history, noise, wanted)
+        return group, GroupBatch(start, wanted.pop(group.stop), history, noise, wanted, condition)
 
     def keep(self, iteration: int, group: Group, data: GroupBatch, ended: Rollout) -> None:
         """Remember the end of iteration's group as the start of its lane's next one."""

@@ -65,7 +65,8 @@ def _called(network: nn.Module, names: list[str], plan: SamplingPlan, teacher: T
     ]
     try:
         with torch.no_grad():
-            call(network, plan, 0, teacher.states[0, :1].to(next(network.parameters()).device))
+            device = next(network.parameters()).device
+            call(network, plan, 0, teacher.states[0, :1].to(device), teacher.condition_of([0], device))
     finally:
         for handle in handles:
             handle.remove()
@@ -75,7 +76,7 @@ def _called(network: nn.Module, names: list[str], plan: SamplingPlan, teacher: T
 @torch.no_grad()
 def _capture(network: nn.Module, name: str, plan: SamplingPlan, teacher: Trajectory) -> tuple[Arguments, Tensor]:
     """The block's arguments and output over the samples, as the operators are switched now."""
-    device = next(network.parameters()).device
+    device, some = next(network.parameters()).device, slice(TRAJECTORIES)
     arguments: list[Arguments] = []
     outputs: list[Tensor] = []
 
@@ -86,7 +87,7 @@ def _capture(network: nn.Module, name: str, plan: SamplingPlan, teacher: Traject
     handle = network.get_submodule(name).register_forward_hook(look)
     try:
         for i in torch.linspace(0, len(plan) - 1, min(STEPS, len(plan))).round().int().tolist():
-            call(network, plan, i, teacher.states[i, :TRAJECTORIES].to(device))
+            call(network, plan, i, teacher.states[i, some].to(device), teacher.condition_of(some, device))
     finally:
         handle.remove()
     return tuple(torch.cat(parts) for parts in zip(*arguments, strict=True)), torch.cat(outputs)

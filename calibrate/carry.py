@@ -55,11 +55,12 @@ def _measured(plan: SamplingPlan, i: int, network: nn.Module, teacher: Trajector
     if not step.b:
         return step.a
     device = next(network.parameters()).device
+    condition = teacher.condition_of(slice(PROBES), device)
     x = teacher.states[i, :PROBES].to(device)
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(i), dtype=x.dtype).to(device)
 
     def response(x: Tensor) -> Tensor:
-        return call(network, plan, i, x)
+        return call(network, plan, i, x, condition)
 
     jv: Tensor = torch.func.jvp(response, (x,), (v,))[1]
     return step.a + sum(step.b.values()) * float((v * jv).sum() / v.square().sum())

@@ -10,7 +10,7 @@ from ..runtime.plan import SamplingPlan
 from .layers import QuantizedOperator, fast_compute, quantization
 from .multistep import cut, graph_bytes
 from .spec import CalibrationSpec
-from .trajectory import call
+from .trajectory import NOTHING, Condition, call
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,25 @@ def estimate(
     plan: SamplingPlan,
     spec: CalibrationSpec,
     shape: tuple[int, ...],
+    condition: Condition = NOTHING,
 ) -> Estimate:
-    """Time one plain, one quantized and one differentiated call at the training batch, and multiply."""
+    """Time one plain, one quantized and one differentiated call at the training batch, and multiply.
+
+    `condition` holds one row of every input that the network takes beside x and t.
+    """
     device = next(network.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(spec.batch, *shape, device=device, generator=generator)
     many = torch.randn(max(spec.batch, 8), *shape, device=device, generator=generator)  # as trajectories are computed
 
+    def given(count: int) -> Condition:
+        return {name: value[:1].to(device).expand(count, *value.shape[1:]) for name, value in condition.items()}
+
     def timed(x: Tensor, active: bool, differentiate: bool) -> float:
         compute = fast_compute(device) if differentiate and spec.compute == "auto" else torch.float32
         with quantization(operators, active, compute), torch.set_grad_enabled(differentiate):
             begun = time.perf_counter()
-            out = call(network, plan, 0, x)
+            out = call(network, plan, 0, x, given(len(x)))
             if differentiate:
                 out.square().mean().backward()
             return time.perf_counter() - begun
@@ -50,7 +57,7 @@ def estimate(
         parameter.grad = None
 
     with quantization(operators, True, fast_compute(device) if spec.compute == "auto" else torch.float32):
-        graph = graph_bytes(network, plan, x)
+        graph = graph_bytes(network, plan, x, given(len(x)))
 
     rows = len(plan)
     per_group = rows / len(cut(plan, spec.group, spec.grouping))

@@ -55,8 +55,9 @@ def group_errors(
     for group in groups:
         start, end = (judge.states[i].to(device) for i in (group.start, group.stop))
         history = {j: judge.outputs[j].to(device) for j in history_needed(plan, group)}
+        data = GroupBatch(start, end, history, noise, condition=judge.condition_of(slice(None), device))
         with quantization(operators, active=True):
-            latents, _ = roll(network, plan, group, GroupBatch(start, end, history, noise))
+            latents, _ = roll(network, plan, group, data)
         each = (latents[-1] - end).square().flatten(1).mean(1).double()
         errors.append(float(each.clamp(min=1e-20).log().mean().exp()))
     return errors

@@ -102,13 +102,13 @@ def _watch(
 
         return look
 
-    device = next(network.parameters()).device
+    device, some = next(network.parameters()).device, slice(OBSERVED_TRAJECTORIES)
     handles = [op.register_forward_pre_hook(hook(name)) for name, op in operators.items()]
     try:
         with quantization(operators, active=False):
             for i in rows:
                 at = 0 if table is None else table.row(plan.steps[i].timestep)
-                call(network, plan, i, teacher.states[i, :OBSERVED_TRAJECTORIES].to(device))
+                call(network, plan, i, teacher.states[i, some].to(device), teacher.condition_of(some, device))
                 tell()
     finally:
         for handle in handles:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..runtime.plan import SamplingPlan
 from .carry import unit_variance_factor
-from .trajectory import call
+from .trajectory import NOTHING, Condition, call
 
 Grouping = Literal["count", "angle"]
 
@@ -50,7 +50,7 @@ class GroupBatch:
     """What a group is trained on: latents at both ends, outputs from before the group, and the noise.
 
     start and end are (B, C, H, W); `history[j]` is output j < group.start, for rows that look back; `between[i]` is the
-    wanted latent before row i, for losses that look at it.
+    wanted latent before row i, for losses that look at it; `condition` has B rows.
     """
 
     start: Tensor
@@ -58,6 +58,7 @@ class GroupBatch:
     history: Mapping[int, Tensor]
     noise: Callable[[int], Tensor]
     between: Mapping[int, Tensor] = field(default_factory=dict)
+    condition: Condition = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def roll(
     outputs = dict(data.history)
     latents = [data.start]
     for i in range(group.start, group.stop):
-        outputs[i] = call(network, plan, i, latents[-1])
+        outputs[i] = call(network, plan, i, latents[-1], data.condition)
         latents.append(plan.advance(i, latents[-1], outputs, data.noise))
     return latents, outputs
 
@@ -152,7 +153,8 @@ def accumulate_gradient(
         part = rows[k : k + together]
         x = torch.cat([latents[i - group.start] * plan.steps[i].input_scale for i, _ in part])
         t = torch.tensor([plan.steps[i].timestep for i, _ in part], device=x.device, dtype=torch.float32)
-        output = network(x, t.repeat_interleave(len(data.start)))
+        condition = {name: torch.cat([value] * len(part)) for name, value in data.condition.items()}
+        output = network(x, t.repeat_interleave(len(data.start)), **condition)
         if output.requires_grad:
             output.backward(torch.cat([gradient for _, gradient in part]))
     return Rollout(loss, latents[-1], {i: outputs[i] for i in range(group.start, group.stop)})
@@ -169,7 +171,7 @@ def _adjoint(
     def differentiable(i: int, latent: Tensor) -> tuple[Tensor, Tensor]:
         # The first row's input is data; a gradient with respect to it would be computed for nobody.
         x = latent.detach().requires_grad_(i > group.start)
-        return x, call(network, plan, i, x)
+        return x, call(network, plan, i, x, data.condition)
 
     for i in range(first_kept, group.stop):
         calls[i] = differentiable(i, latents[-1])
@@ -207,7 +209,7 @@ def _look(i: int, latent: Tensor, data: GroupBatch, weight: float, lam: Tensor, 
     return lam + difference * (2.0 * weight / difference.numel()), loss + weight * difference.square().mean()
 
 
-def graph_bytes(network: nn.Module, plan: SamplingPlan, x: Tensor) -> int:
+def graph_bytes(network: nn.Module, plan: SamplingPlan, x: Tensor, condition: Condition = NOTHING) -> int:
     """What one network call at latent x (B, C, H, W) keeps for its gradient, weights excepted."""
     known = {p.untyped_storage().data_ptr() for p in (*network.parameters(), *network.buffers())}
     saved: dict[int, int] = {}
@@ -219,7 +221,7 @@ def graph_bytes(network: nn.Module, plan: SamplingPlan, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
-        call(network, plan, 0, x)
+        call(network, plan, 0, x, condition)
     return sum(saved.values())
 
 
@@ -232,7 +234,7 @@ def unrolled_loss(
     for i in range(group.start, group.stop):
         if between and i in data.between:
             loss = loss + between * (x - data.between[i]).square().mean()
-        outputs[i] = call(network, plan, i, x)
+        outputs[i] = call(network, plan, i, x, data.condition)
         x = plan.advance(i, x, outputs, data.noise)
     return loss + (x - data.end).square().mean()
 

@@ -134,7 +134,7 @@ def held_out_error(
     logarithms is what PSNR averages.
     """
     with quantization(operators, active=True):
-        run = simulate(network, plan, judge.seeds, judge.states.shape[2:])
+        run = simulate(network, plan, judge.seeds, judge.states.shape[2:], judge.condition)
     errors = (run.states[-1] - judge.states[-1]).square().flatten(1).mean(1).double()
     return float(errors.clamp(min=1e-20).log().mean().exp())
 
@@ -158,7 +158,8 @@ class _Learner:
         device = next(network.parameters()).device
         self.compute = fast_compute(device) if spec.compute == "auto" else torch.float32
         with quantization(operators, True, self.compute):
-            one = graph_bytes(network, plan, teacher.states[0, : spec.batch].to(device))
+            some = slice(spec.batch)
+            one = graph_bytes(network, plan, teacher.states[0, some].to(device), teacher.condition_of(some, device))
         self.kept = spec.graph_mib * 2**20 // max(1, one)
         self.weights = [op.weight_quantizer for op in operators.values() if op.weight_quantizer is not None]
         for weight in self.weights:

@@ -1,19 +1,19 @@
 """Teacher trajectories: what the full-precision network does, step by step, from given seeds.
 
-    o_i = f(s_i x_i, t_i),   x_{i+1} = a_i x_i + sum_j b_ij o_j + sum_j c_ij z_j
+    o_i = f(s_i x_i, t_i; c),   x_{i+1} = a_i x_i + sum_j b_ij o_j + sum_j c_ij z_j
 
+with a condition c (a class, a text's embedding) that belongs to the seed and stays for the whole chain.
 Kept are the latents x_0..x_S, from which every group starts and at which it must end, and the outputs o_i, which
 multistep samplers carry across a group's boundary. Both are small beside one network's activations.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..runtime import noise
@@ -21,6 +21,8 @@ from ..runtime.files import atomic
 from ..runtime.plan import SamplingPlan
 
 Progress = Callable[[int, int], None]  # done, total
+Condition = Mapping[str, Tensor]  # network inputs beside x and t by name, each (B, ...)
+NOTHING: Condition = {}
 
 
 def step_noise(seeds: Sequence[int], index: int, shape: Sequence[int], device: torch.device | str) -> Tensor:
@@ -30,22 +32,33 @@ def step_noise(seeds: Sequence[int], index: int, shape: Sequence[int], device: t
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Teacher runs of several seeds: states (S+1, N, C, H, W) and outputs (S, N, C', H, W), float32 on the CPU."""
+    """Teacher runs of several seeds: states (S+1, N, C, H, W) and outputs (S, N, C', H, W), float32 on the CPU.
+
+    `condition` is what each seed was sampled under, (N, ...) by name.
+    """
 
     seeds: tuple[int, ...]
     states: Tensor
     outputs: Tensor
+    condition: Condition = field(default_factory=dict)
+
+    def condition_of(self, rows: Sequence[int] | slice, device: torch.device | str) -> Condition:
+        """The condition of some of the seeds, on `device`."""
+        index = rows if isinstance(rows, slice) else list(rows)
+        return {name: value[index].to(device) for name, value in self.condition.items()}
 
     def save(self, path: Path) -> None:
         with atomic(path) as part:
             tensors = {"states": self.states, "outputs": self.outputs, "seeds": torch.tensor(self.seeds)}
+            tensors |= {f"condition/{name}": value.contiguous() for name, value in self.condition.items()}
             save_file(tensors, part)
 
     @classmethod
     def load(cls, path: Path) -> "Trajectory":
-        with safe_open(path, framework="pt") as stored:
-            seeds = tuple(int(s) for s in stored.get_tensor("seeds"))
-            return cls(seeds, stored.get_tensor("states"), stored.get_tensor("outputs"))
+        stored = load_file(path)
+        seeds = tuple(int(s) for s in stored["seeds"])
+        condition = {k.removeprefix("condition/"): v for k, v in stored.items() if k.startswith("condition/")}
+        return cls(seeds, stored["states"], stored["outputs"], condition)
 
 
 @torch.no_grad()
@@ -54,11 +67,15 @@ def simulate(
     plan: SamplingPlan,
     seeds: Sequence[int],
     shape: Sequence[int],
+    condition: Condition = NOTHING,
     *,
     batch: int = 32,
     progress: Progress | None = None,
 ) -> Trajectory:
-    """Run `network` (whatever its quantizers are set to) over the whole plan, `batch` seeds at a time."""
+    """Run `network` (whatever its quantizers are set to) over the whole plan, `batch` seeds at a time.
+
+    `condition` holds a row for every seed.
+    """
     device = next(network.parameters()).device
     states: list[Tensor] = []
     outputs: list[Tensor] = []
@@ -66,9 +83,10 @@ def simulate(
     for n, chunk in enumerate(chunks):
         x = plan.init_sigma * step_noise(chunk, -1, shape, device)
         xs, os = [x.cpu()], []
+        given = {name: value[n * batch : n * batch + len(chunk)].to(device) for name, value in condition.items()}
         live: dict[int, Tensor] = {}
         for i in range(len(plan)):
-            live[i] = call(network, plan, i, x)
+            live[i] = call(network, plan, i, x, given)
             x = plan.advance(i, x, live, lambda j, c=chunk: step_noise(c, j, shape, device))  # type: ignore[misc]
             xs.append(x.cpu())
             os.append(live[i].cpu())
@@ -77,14 +95,14 @@ def simulate(
                 progress(n * len(plan) + i + 1, len(chunks) * len(plan))
         states.append(torch.stack(xs))
         outputs.append(torch.stack(os))
-    return Trajectory(tuple(seeds), torch.cat(states, dim=1), torch.cat(outputs, dim=1))
+    return Trajectory(tuple(seeds), torch.cat(states, dim=1), torch.cat(outputs, dim=1), dict(condition))
 
 
-def call(network: nn.Module, plan: SamplingPlan, i: int, x: Tensor) -> Tensor:
-    """The network's output at row i of the plan for latent x (B, C, H, W)."""
+def call(network: nn.Module, plan: SamplingPlan, i: int, x: Tensor, condition: Condition = NOTHING) -> Tensor:
+    """The network's output at row i of the plan for latent x (B, C, H, W) under a condition with B rows."""
     step = plan.steps[i]
     t = torch.full((x.shape[0],), step.timestep, dtype=torch.float32, device=x.device)
-    return network(x if step.input_scale == 1.0 else x * step.input_scale, t)
+    return network(x if step.input_scale == 1.0 else x * step.input_scale, t, **condition)
 
 
 def psnr(reference: np.ndarray, other: np.ndarray) -> np.ndarray:

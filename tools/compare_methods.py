@@ -109,6 +109,7 @@ def main(
     only: Annotated[str, typer.Option(help="Entries by name, separated by commas; all if left out.")] = "",
     set_: Annotated[list[str], typer.Option("--set", help="Calibration setting, such as group=10.")] = [],  # noqa: B006
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the entries that --out already holds.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Run the entries of a sweep and write one JSON."""
@@ -134,32 +135,53 @@ def main(
     arena = Arena(checkpoint, scheme, sampler, n, spec)
     budget = cost(Entry("multi-step", spec), arena.graph)
     named = {name: within(entry, budget, arena.graph) for name, entry in asked.items()}
+    header = {
+        "schema_version": 2,
+        "sweep": sweep,
+        "checkpoint": {"name": checkpoint.name, "sha256": sha256(checkpoint)},
+        "scheme": scheme.model_dump(),
+        "sampler": sampler or "the family's own",
+        "steps": len(arena.plan),
+        "budget_calls": budget,
+        "n": n,
+        "seeds": [0, n - 1],
+        "drift_n": DRIFT_SEEDS,
+        "machine": {**machine_facts(), "threads": torch.get_num_threads()},
+        "versions": versions(),
+    }
+    rows = kept_rows(out, header, named) if resume else []
+    wanted = [name for name in wanted if name not in {row["method"] for row in rows}]
     order = list(named)
-    rows: list[dict[str, Any]] = []
     for name in wanted:  # in the order asked for, listed in the sweep's own
         entry = named[name]
         with bar() as show:
             row = arena.run(entry, show)
         rows = sorted([*rows, row], key=lambda r: order.index(r["method"]))
         console.print(f"{entry.name}: {row['psnr_mean']:.2f} dB, MSE {row['mse']:.2e}, {row['seconds']:.0f} s")
-        report = {
-            "schema_version": 2,
-            "sweep": sweep,
-            "checkpoint": {"name": checkpoint.name, "sha256": sha256(checkpoint)},
-            "scheme": scheme.model_dump(),
-            "sampler": sampler or "the family's own",
-            "steps": len(arena.plan),
-            "budget_calls": budget,
-            "n": n,
-            "seeds": [0, n - 1],
-            "drift_n": DRIFT_SEEDS,
-            "machine": {**machine_facts(), "threads": torch.get_num_threads()},
-            "versions": versions(),
-            "rows": rows,
-        }
-        write_text(out, json.dumps(report, indent=1) + "\n")  # a long sweep may be cut short
+        write_text(out, json.dumps(header | {"rows": rows}, indent=1) + "\n")  # a long sweep may be cut short
     draw(out, scheme.name, rows)
     console.print(table(f"{checkpoint.name} at {scheme.name}, n = {n}, budget {budget:.0f} calls", rows))
+
+
+def kept_rows(out: Path, header: Mapping[str, Any], entries: Mapping[str, Entry]) -> list[dict[str, Any]]:
+    """The rows of an earlier run that was asked the same and cut short; none if there was no such run.
+
+    Raises:
+        AccuQuantError: the file is of other circumstances, whose rows cannot stand beside new ones.
+    """
+    if not out.exists():
+        return []
+    try:
+        earlier = json.loads(out.read_text())
+        rows: list[dict[str, Any]] = earlier.pop("rows")
+    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        raise AccuQuantError(f"--resume: {out} is no comparison of this tool; choose another --out") from error
+    same = json.loads(json.dumps(header))
+    different = sorted(k for k in same.keys() | earlier.keys() if same.get(k) != earlier.get(k))
+    different += [f"settings of {r['method']}" for r in rows if r["spec"] != entries[r["method"]].spec.model_dump()]
+    if different:
+        raise AccuQuantError(f"--resume: {out} was measured with another {', '.join(different)}; choose another --out")
+    return rows
 
 
 def draw(out: Path, scheme: str, rows: list[dict[str, Any]]) -> None:

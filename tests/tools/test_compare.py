@@ -66,16 +66,20 @@ def test_every_entry_that_learns_spends_the_same(contest, sweeps, sweep):
     assert all(abs(cost / budget - 1) < 0.01 for name, cost in costs.items() if name not in free), costs
 
 
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, str(TOOLS / "compare_methods.py"), *map(str, arguments)],
+        capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "160"},
+    )  # fmt: skip
+
+
 def test_a_comparison_from_checkpoint_to_table(tiny, tmp_path):
     checkpoint = tiny.save_checkpoint(tmp_path, tiny.unet())
     arguments = [checkpoint, "--n", 4, "--bits", "4/8", "--out", tmp_path / "table.json", "--threads", 1]
     arguments += ["--only", "multi-step,block-wise,mse"]
     for setting in ("iterations=3", "trajectories=4", "held_out=2", "checks=1"):
         arguments += ["--set", setting]
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / "compare_methods.py"), *map(str, arguments)],
-        capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "160"},
-    )  # fmt: skip
+    done = run(*arguments)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "table.json").read_text())
     assert [row["method"] for row in report["rows"]] == ["mse", "block-wise", "multi-step"]
@@ -85,6 +89,17 @@ def test_a_comparison_from_checkpoint_to_table(tiny, tmp_path):
         assert row["method"] in done.stdout
     assert (tmp_path / "table.drift.svg").read_text().startswith("<?xml")
     assert (tmp_path / "table.single.svg").exists()
+
+    arguments[arguments.index("multi-step,block-wise,mse")] = "mse,percentile"
+    again = run(*arguments, "--resume")
+    assert again.returncode == 0, again.stderr
+    longer = json.loads((tmp_path / "table.json").read_text())
+    assert [row["method"] for row in longer["rows"]] == ["percentile", "mse", "block-wise", "multi-step"]
+    assert longer["rows"][1:] == report["rows"]
+    arguments[arguments.index("--n") + 1] = 5
+    other = run(*arguments, "--resume")
+    assert other.returncode == 1
+    assert "was measured with another n, seeds" in other.stderr + other.stdout
 
 
 @pytest.mark.parametrize(
@@ -97,10 +112,7 @@ def test_a_comparison_from_checkpoint_to_table(tiny, tmp_path):
 )
 def test_a_wrong_option_is_one_sentence(tiny, tmp_path, arguments, words):
     checkpoint = tiny.save_checkpoint(tmp_path, tiny.unet())
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / "compare_methods.py"), str(checkpoint), *arguments],
-        capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "160"},
-    )  # fmt: skip
+    done = run(checkpoint, *arguments)
     assert done.returncode == 1
     assert words in done.stderr
     assert "Traceback" not in done.stderr
