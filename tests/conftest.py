@@ -15,16 +15,27 @@ settings.register_profile("accuquant", deadline=None)
 settings.load_profile("accuquant")
 
 
-@pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    """tests/tiny.py; a fixture, because tests are no package to import from."""
-    spec = importlib.util.spec_from_file_location("accuquant_tests_tiny", HERE / "tiny.py")
+def load_module(name: str) -> ModuleType:
+    """tests/<name>.py, through a fixture, because tests are no package to import from."""
+    spec = importlib.util.spec_from_file_location(f"accuquant_tests_{name}", HERE / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """Networks and runs small enough for a test."""
+    return load_module("tiny")
+
+
+@pytest.fixture(scope="session")
+def formula() -> ModuleType:
+    """Weights and inputs by formula, for golden numbers."""
+    return load_module("formula")
 
 
 @pytest.fixture

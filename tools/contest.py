@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,7 +122,7 @@ class Arena:
                     Journal(Path(folder), {}),
                     report=lambda s, d, t, loss: show(f"{entry.name}: {s}", d, t, f"{loss:.2e}" if loss else ""),
                 )
-            row |= {"held_out": outcome.held_out, "kept": outcome.kept}
+            row |= {"held_out": outcome.held_out, "kept": outcome.kept, "groups": [asdict(g) for g in outcome.groups]}
         row["seconds"] = time.perf_counter() - begun
         latents, engine = self._sample(model, operators, entry)
         row["sampled_on"] = engine

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -20,31 +19,7 @@ from safetensors.torch import save_file
 GOLDEN = json.loads((Path(__file__).parent / "golden_ddim.json").read_text())["cases"]
 
 
-def ramp(count: int, index: int, size: float) -> np.ndarray:
-    return np.sin(0.37 * np.arange(count, dtype=np.float64) * (1 + 0.01 * index) + index) * size
-
-
-def formula_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights without a random generator: sines, of unit gain, numbered by the sorted names."""
-    made = {}
-    for index, name in enumerate(sorted(state)):
-        shape = tuple(state[name].shape)
-        count = math.prod(shape)
-        if len(shape) > 1:
-            values = ramp(count, index, math.sqrt(2 / (count // shape[0])))
-        elif "norm" in name and name.endswith("weight"):
-            values = 1 + ramp(count, index, 0.2)
-        else:
-            values = ramp(count, index, 0.1)
-        made[name] = torch.from_numpy(values.reshape(shape)).float()
-    return made
-
-
-def formula_input(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy(np.sin(0.61 * np.arange(math.prod(shape)) + 0.3).reshape(shape)).float()
-
-
-def golden_network(case: dict) -> UNet:
+def golden_network(case: dict, formula) -> UNet:
     config = UNetConfig(
         resolution=case["size"],
         in_channels=case["channels"],
@@ -56,40 +31,40 @@ def golden_network(case: dict) -> UNet:
         resamp_with_conv=case["resamp"],
     )
     network = UNet(config).eval()
-    network.load_state_dict(formula_weights(network.state_dict()))
+    network.load_state_dict(formula.formula_weights(network.state_dict()))
     return network
 
 
-def output(network: UNet, case: dict) -> np.ndarray:
-    x = formula_input((2, case["channels"], case["size"], case["size"]))
+def output(network: UNet, case: dict, formula) -> np.ndarray:
+    x = formula.formula_input((2, case["channels"], case["size"], case["size"]))
     with torch.no_grad():
         return network(x, torch.tensor([0.0, 617.0])).numpy()
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_agrees_with_the_authors_code(name):
+def test_agrees_with_the_authors_code(name, formula):
     """1e-4 on outputs of order 1: float32 sums in another order, nothing else, may differ."""
     case = GOLDEN[name]
-    got = output(golden_network(case), case)
+    got = output(golden_network(case, formula), case, formula)
     np.testing.assert_allclose(got.ravel(), case["output"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_parameter_names_and_shapes_are_the_authors(name):
-    state = golden_network(GOLDEN[name]).state_dict()
+def test_parameter_names_and_shapes_are_the_authors(name, formula):
+    state = golden_network(GOLDEN[name], formula).state_dict()
     names = "\n".join(f"{n} {list(v.shape)}" for n, v in sorted(state.items()))
     assert hashlib.sha256(names.encode()).hexdigest() == GOLDEN[name]["layout"]
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_loading_recovers_the_network_from_its_keys(name, tmp_path):
+def test_loading_recovers_the_network_from_its_keys(name, tmp_path, formula):
     """From file to output: the shape is read off the keys, the picture's size off the YAML."""
     case = GOLDEN[name]
-    torch.save(golden_network(case).state_dict(), tmp_path / "m.ckpt")
+    torch.save(golden_network(case, formula).state_dict(), tmp_path / "m.ckpt")
     (tmp_path / "m.yml").write_text(yaml.safe_dump({"data": {"image_size": case["size"]}}))
     model = load_model(tmp_path / "m.ckpt")
     assert model.sample_shape == (case["channels"], case["size"], case["size"])
-    np.testing.assert_allclose(output(model.network, case).ravel(), case["output"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(output(model.network, case, formula).ravel(), case["output"], rtol=0, atol=1e-4)
 
 
 def test_embedding_is_sines_then_cosines():
