@@ -15,7 +15,7 @@ ADM = json.loads((Path(__file__).parents[1] / "calibrate" / "families" / "golden
 
 @pytest.mark.parametrize("name", [name for name in ADM if "resampl" in name])
 def test_an_adm_checkpoint_runs_in_integers(name, formula, tmp_path):
-    """Both qkv orders, several heads, both kinds of resampling: every operator that was asked for, by OpenVINO's word."""
+    """Both qkv orders, several heads, both kinds of resampling: every operator, by OpenVINO's word."""
     case = ADM[name]
     state = {key: torch.empty(shape) for key, shape in case["state"].items()}
     torch.save(formula.formula_weights(state), tmp_path / "m.pt")
