@@ -63,7 +63,8 @@ class Journal:
         try:
             with safe_open(self.path, framework="pt") as stored:
                 meta = stored.metadata()
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                # Copies: views into the file lie at any address, and kernels sum in an order that depends on alignment.
+                tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
             theirs, iteration, record = (json.loads(meta[k]) for k in ("specification", "iteration", "record"))
         except Exception as error:
             raise AccuQuantError(f"{self.path} is damaged ({error}); delete it or run without --resume") from error
