@@ -1,22 +1,28 @@
-"""Read a checkpoint file into tensors without ever executing what it holds.
+"""Read a checkpoint file into tensors without ever executing what it holds, and put them into a network.
 
-safetensors, or torch's format through `weights_only=True`. Nothing else: a file that wants to import a class is
-refused, not trusted.
+safetensors, torch's format through `weights_only=True`, or the initialisers of an ONNX file. Nothing else: a file that
+wants to import a class is refused, not trusted.
 """
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
+from google.protobuf.message import DecodeError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from ..runtime.errors import AccuQuantError
 
 
 def read_checkpoint(path: Path) -> Any:
     """The object a checkpoint holds - a state dict, or the dict or list around one - with tensors on the CPU.
+
+    Of an ONNX file it is the onnx.ModelProto, without weights kept in other files.
 
     Raises:
         AccuQuantError: missing, truncated, not a checkpoint, or one that needs code to be executed.
@@ -33,6 +39,11 @@ def read_checkpoint(path: Path) -> Any:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise AccuQuantError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
+    if path.suffix == ".onnx":
+        try:
+            return onnx.load(path, load_external_data=False)
+        except (DecodeError, OSError) as error:
+            raise AccuQuantError(f"{path} is not a readable ONNX file ({error}); copy it again") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -44,6 +55,23 @@ def read_checkpoint(path: Path) -> Any:
     except Exception as error:  # damaged archives and pickles fail in every way there is
         problem = "cut off" if _is_cut_archive(path) else "damaged, or not a torch checkpoint"
         raise AccuQuantError(f"{path} is {problem} ({size:,} bytes, {type(error).__name__}); copy it again") from error
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Put a checkpoint's tensors, as float32, into the network that its keys describe.
+
+    Raises:
+        AccuQuantError: weights missing, left over, of another shape, or not finite.
+    """
+    try:
+        network.load_state_dict({k: v.float() for k, v in weights.items()}, strict=True)
+    except RuntimeError as error:
+        raise AccuQuantError(f"{path} does not fit the network its keys describe: {error}") from error
+    broken = [name for name, value in network.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise AccuQuantError(
+            f"{path}: weights that are not finite in {', '.join(broken[:3])}; the checkpoint is damaged"
+        )
 
 
 def _is_cut_archive(path: Path) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..runtime.errors import AccuQuantError
 from ..runtime.plan import PlanStep, SamplingPlan
 
+PRECONDITIONED = "sigma_data"  # a setting that only the schedules and schedulers of EDM-preconditioned networks have
 NEGLIGIBLE = 1e-12  # of the row's largest coefficient: below float64's rounding of the traced arithmetic
 
 
@@ -58,6 +59,7 @@ SAMPLERS: Mapping[str, Sampler] = {
     "lcm": Sampler("LCMScheduler"),
     "tcd": Sampler("TCDScheduler"),
     "flow-euler": Sampler("FlowMatchEulerDiscreteScheduler"),
+    "consistency": Sampler("CMStochasticIterativeScheduler"),
 }
 
 
@@ -82,8 +84,11 @@ def trace(name: str, noise_schedule: Mapping[str, Any], steps: int) -> SamplingP
     factory = getattr(importlib.import_module("diffusers"), chosen.scheduler)
     accepted = inspect.signature(factory.__init__).parameters
     settings = {k: v for k, v in {**noise_schedule, **chosen.config}.items() if k in accepted}
-    if "clip_sample" in accepted:
-        settings.setdefault("clip_sample", False)
+    if (PRECONDITIONED in accepted) != (PRECONDITIONED in noise_schedule):
+        fitting = "consistency" if PRECONDITIONED in noise_schedule else "any other"
+        raise AccuQuantError(f"sampler {name!r} does not fit what this model predicts; choose {fitting}")
+    for clipping in {"clip_sample", "clip_denoised"} & accepted.keys():
+        settings.setdefault(clipping, False)
     return trace_scheduler(factory(**settings), steps, **chosen.step)
 
 
@@ -162,6 +167,8 @@ def _coefficients(form: Tensor) -> Tensor:
 
 
 def _prediction(scheduler: Any) -> Any:
+    if PRECONDITIONED in scheduler.config:
+        return "preconditioned"
     is_flow = "flow" in type(scheduler).__name__.lower()
     return "flow_prediction" if is_flow else scheduler.config.get("prediction_type", "epsilon")
 
@@ -181,6 +188,7 @@ def _refuse_nonlinear(scheduler: Any) -> None:
     for setting, repair in {
         "thresholding": "set thresholding=False",
         "clip_sample": "set clip_sample=False",
+        "clip_denoised": "set clip_denoised=False",
     }.items():
         if config.get(setting):
             raise AccuQuantError(f"{name} has {setting}=True, which is not linear in the latent; {repair}")

@@ -22,7 +22,7 @@ from .errors import AccuQuantError
 from .files import write_text
 
 Array = TypeVar("Array")  # numpy array or torch tensor: the rows only scale and add
-Prediction = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
+Prediction = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "preconditioned"]
 
 
 class PlanStep(BaseModel):

@@ -27,6 +27,18 @@ def load_module(name: str) -> ModuleType:
     return module
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Full-size and GPU tests run only where they are asked for, and say so."""
+    asked = config.getoption("-m")
+    for item in items:
+        for marker, reason in {
+            "slow": "full-size; run with -m slow",
+            "gpu": "needs an NVIDIA GPU; run with -m gpu",
+        }.items():
+            if item.get_closest_marker(marker) and marker not in asked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """What a test draws without a generator of its own does not depend on the tests before it."""

@@ -19,12 +19,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ...runtime.errors import AccuQuantError
+from ..checkpoint import load_weights
 from ..model import DiffusionModel
 from ..scheme import Role
 from .adm_unet import AdmConfig, AdmUNet
@@ -94,22 +94,14 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
     )
     _check(network_config, facts, source)
     network = AdmUNet(network_config)
-    weights = {k: v.float() for k, v in state.items()}
+    weights = dict(state)
     weights["out.2.weight"], weights["out.2.bias"] = (weights[f"out.2.{k}"][:channels] for k in ("weight", "bias"))
     for name in [k for k in weights if re.search(r"\.(qkv|proj_out)\.weight$", k) and weights[k].ndim == 3]:
         weights[name] = weights[name][..., None]  # a convolution over positions, as one over the picture
     if not facts.use_new_attention_order:
         for name in [k for k in weights if re.search(r"\.qkv\.(weight|bias)$", k)]:
             weights[name] = sort_qkv(weights[name], network_config)
-    try:
-        network.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise AccuQuantError(f"{path} does not fit the network its keys describe: {error}") from error
-    broken = [name for name, value in network.state_dict().items() if not torch.isfinite(value).all()]
-    if broken:
-        raise AccuQuantError(
-            f"{path}: weights that are not finite in {', '.join(broken[:3])}; the checkpoint is damaged"
-        )
+    load_weights(network, weights, path)
     millions, size = sum(p.numel() for p in network.parameters()) / 1e6, facts.image_size
     order = "new" if facts.use_new_attention_order else "legacy"
     return DiffusionModel(

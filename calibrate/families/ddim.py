@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
 from ...runtime.errors import AccuQuantError
+from ..checkpoint import load_weights
 from ..model import DiffusionModel
 from ..scheme import Role
 from .ddim_unet import UNet, UNetConfig
@@ -73,15 +73,7 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
             resamp_with_conv="down.0.downsample.conv.weight" in state or len(ch_mult) == 1,
         )
     )
-    try:
-        network.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
-    except RuntimeError as error:
-        raise AccuQuantError(f"{path} does not fit the network its keys describe: {error}") from error
-    broken = [name for name, value in network.state_dict().items() if not torch.isfinite(value).all()]
-    if broken:
-        raise AccuQuantError(
-            f"{path}: weights that are not finite in {', '.join(broken[:3])}; the checkpoint is damaged"
-        )
+    load_weights(network, state, path)
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     return DiffusionModel(
         family="ddim",

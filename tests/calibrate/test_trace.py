@@ -17,17 +17,25 @@ SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "
 NO_SAMPLE_PREDICTION = {"pndm", "plms", "euler-a", "kdpm2"}
 
 
+PRECONDITIONED = {"num_train_timesteps": 40, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
+DIFFUSION = sorted(SAMPLERS.keys() - {"consistency"})
+
+
+def schedule_of(name: str, prediction: str) -> Mapping[str, Any]:
+    return PRECONDITIONED if name == "consistency" else {**SCHEDULE, "prediction_type": prediction}
+
+
 def scheduler_of(name: str, prediction: str) -> Any:
     chosen = SAMPLERS[name]
     factory = getattr(importlib.import_module("diffusers"), chosen.scheduler)
     accepted = inspect.signature(factory.__init__).parameters
-    wanted = {**SCHEDULE, "prediction_type": prediction, **chosen.config, "clip_sample": False}
+    wanted = {**schedule_of(name, prediction), **chosen.config, "clip_sample": False, "clip_denoised": False}
     return factory(**{k: v for k, v in wanted.items() if k in accepted})
 
 
 def replay(name: str, prediction: str, steps: int) -> None:
     """Run both on the same float64 outputs and noise, and compare latent, network input and timestep at every row."""
-    plan = trace(name, {**SCHEDULE, "prediction_type": prediction}, steps)
+    plan = trace(name, schedule_of(name, prediction), steps)
     scheduler = scheduler_of(name, prediction)
     scheduler.set_timesteps(steps)
     rows = len(scheduler.timesteps)
@@ -52,7 +60,7 @@ def replay(name: str, prediction: str, steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [4, 7, 20, 50])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", DIFFUSION)
 def test_replay_equals_the_scheduler(name, prediction, steps):
     if prediction == "sample" and name in NO_SAMPLE_PREDICTION:
         pytest.skip("diffusers has no sample prediction for this scheduler")
@@ -61,6 +69,11 @@ def test_replay_equals_the_scheduler(name, prediction, steps):
             trace(name, {**SCHEDULE, "prediction_type": prediction}, steps)
         return
     replay(name, prediction, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 40])
+def test_replay_equals_the_scheduler_of_preconditioned_networks(steps):
+    replay("consistency", "", steps)
 
 
 @pytest.mark.parametrize("name", sorted(NO_SAMPLE_PREDICTION))
@@ -132,8 +145,8 @@ def test_heun_and_prk_take_more_calls_than_steps():
 
 
 def test_deterministic_samplers_draw_no_noise_and_stochastic_ones_do():
-    stochastic = {n for n in SAMPLERS if any(s.c for s in trace(n, SCHEDULE, 8).steps)}
-    assert stochastic == {"ddim-eta1", "ddpm", "dpm++2m-sde", "euler-a", "lcm", "tcd"}
+    stochastic = {n for n in SAMPLERS if any(s.c for s in trace(n, schedule_of(n, "epsilon"), 8).steps)}
+    assert stochastic == {"ddim-eta1", "ddpm", "dpm++2m-sde", "euler-a", "consistency", "lcm", "tcd"}
 
 
 @pytest.mark.parametrize(
@@ -160,6 +173,15 @@ def test_clipping_is_off_unless_the_model_asks_for_it():
         trace("ddim", {**SCHEDULE, "clip_sample": True}, 5)
 
 
+def test_a_sampler_of_the_other_kind_is_refused():
+    with pytest.raises(AccuQuantError, match="'consistency' does not fit"):
+        trace("consistency", SCHEDULE, 4)
+    with pytest.raises(AccuQuantError, match="'ddim' does not fit what this model predicts; choose consistency"):
+        trace("ddim", PRECONDITIONED, 4)
+    with pytest.raises(AccuQuantError, match="clip_denoised"):
+        trace("consistency", PRECONDITIONED | {"clip_denoised": True}, 4)
+
+
 def test_unknown_sampler_lists_the_known_ones():
     with pytest.raises(AccuQuantError) as caught:
         trace("dpm++3m", SCHEDULE, 10)
@@ -184,7 +206,7 @@ def test_the_ends_of_the_allowed_range_give_a_plan(name, steps):
     assert len(trace(name, SCHEDULE, steps)) == steps
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", DIFFUSION)
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_very_few_steps_give_a_plan_or_a_user_error(name, steps):
     """Multistep samplers need a few steps to start; whatever they say must reach the user as a sentence."""
