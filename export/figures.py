@@ -4,7 +4,7 @@ import base64
 import io
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -17,7 +17,7 @@ from ..runtime.pictures import grid, near_square
 
 INK, MUTED, RULE = "#1f2933", "#667380", "#dde3e9"
 MAIN, MARK = "#2f6690", "#c4622d"
-SERIES = (MAIN, MARK, "#5b8c5a", "#8a5a9e", "#b3892d", "#4a4e69")
+SERIES = (MAIN, MARK, "#5b8c5a", "#8a5a9e", "#b3892d", "#4a4e69", "#3aa6a6", "#9aa5b1")
 SIZE = (4.7, 2.9)  # inches; small, so that the text stays readable when a phone shrinks it
 
 SHEET_PIXELS = 700  # width of a sheet: twice what the page gives it, for dense screens
@@ -132,6 +132,28 @@ def lines(
     return figure
 
 
+def dots(panels: Mapping[str, Mapping[str, Sequence[float | None]]], labels: Sequence[str], title: str) -> Figure:
+    """Panels side by side, each {series: a value or None for every label}: labels down the side, one dot a series."""
+    figure = Figure(figsize=(1.5 + 2.6 * len(panels), 1.3 + 0.27 * len(labels)), layout="constrained", facecolor="none")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    places = np.arange(len(labels))[::-1]
+    for n, (unit, series) in enumerate(panels.items()):
+        axes = _style(figure.add_subplot(1, len(panels), n + 1, facecolor="none"), unit, "", rule="both")
+        for (name, values), colour in zip(series.items(), itertools.cycle(SERIES)):
+            shown = [(v, y) for v, y in zip(values, places, strict=True) if v is not None]
+            axes.plot([v for v, _ in shown], [y for _, y in shown], "o", color=colour, markersize=6.5, label=name)
+        axes.set_yticks(places, labels if n == 0 else [""] * len(labels))
+        axes.set_ylim(-0.6, len(labels) - 0.4)
+        axes.margins(x=0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    if len(next(iter(panels.values()))) > 1:
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(
+            handles, names, loc="outside lower left", ncols=len(names), frameon=False, fontsize=9.5, labelcolor=INK
+        )
+    return figure
+
+
 def _uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -141,15 +163,19 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE, layout="constrained", facecolor="none")
     axes = figure.add_subplot(facecolor="none")
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
+    return figure, _style(axes, x, y)
+
+
+def _style(axes: Axes, x: str, y: str, rule: Literal["both", "x", "y"] = "y") -> Axes:
     axes.set_xlabel(x, fontsize=10, color=MUTED)
     axes.set_ylabel(y, fontsize=10, color=MUTED)
     axes.tick_params(which="both", colors=MUTED, labelsize=9.5, length=0)
-    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    axes.grid(axis=rule, color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(MUTED)
-    return figure, axes
+    return axes
 
 
 def _legend(axes: Axes) -> None:

@@ -7,11 +7,12 @@
     sharing     one set of activation parameters, or one for each stretch of the chain
     learned     what is learned beside activation ranges: nothing, rounding, weight scales, biases
 
-Whoever learns has the budget of the first multi-step entry in network calls (contest.py says how they are counted);
-seconds are measured. One JSON and its plots come out.
+Whoever learns has the budget of the default entry in network calls (contest.py says how they are counted); seconds are
+measured. For every sweep and bits a JSON comes out, SWEEP-wXaY.json, with its plots: error along the chain, error of
+single steps, quality by entry; and quality by method and bits over all of --out.
 
-    python tools/compare_methods.py tools/reference/fashion-ddim.ckpt --bits 4/8 --out tools/results/methods-w4a8.json
-    python tools/compare_methods.py tools/reference/fashion-ddim.ckpt --sweep m --out tools/results/m-w4a8.json
+    python tools/compare_methods.py tools/reference/fashion-ddim.ckpt --bits 4/8,8/8 --out tools/results
+    python tools/compare_methods.py tools/reference/fashion-ddim.ckpt --sweep methods,m,gradient,start,sharing,learned
 """
 
 import json
@@ -24,11 +25,11 @@ import typer
 from accuquant.calibrate.scheme import QuantScheme, parse_bits
 from accuquant.calibrate.spec import CalibrationSpec, parse_settings
 from accuquant.export.build import versions
-from accuquant.export.figures import lines, markup
 from accuquant.runtime.console import bar, command, console, machine_facts
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.files import sha256, write_text
 from contest import DRIFT_SEEDS, Arena, Entry, cost, within
+from draw_comparison import draw, draw_by_bits
 from rich.table import Table
 
 NOTHING: Mapping[str, Any] = {"iterations": 0, "warmup": 0, "rounding": "nearest"}
@@ -98,13 +99,14 @@ def changed(spec: CalibrationSpec, **settings: Any) -> CalibrationSpec:
 
 def main(
     checkpoint: Annotated[Path, typer.Argument()],
-    sweep: Annotated[str, typer.Option(help=", ".join(SWEEPS))] = "methods",
-    bits: Annotated[str, typer.Option()] = "4/8",
-    out: Annotated[Path, typer.Option()] = Path("build/methods.json"),
+    sweep: Annotated[str, typer.Option(help=f"Of {', '.join(SWEEPS)}; several with commas.")] = "methods",
+    bits: Annotated[str, typer.Option(help="Weights/activations; several with commas.")] = "4/8",
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("build/comparison"),
     target: Annotated[str, typer.Option()] = "cpu",
     policy: Annotated[str, typer.Option()] = "standard",
     split: Annotated[bool, typer.Option("--split", help="A scale for each part of a concatenation.")] = False,
     sampler: Annotated[str, typer.Option(help="The family's own if left out.")] = "",
+    steps: Annotated[int, typer.Option(help="The family's own if left out.")] = 0,
     n: Annotated[int, typer.Option(help="Held-out seeds compared.")] = 256,
     only: Annotated[str, typer.Option(help="Entries by name, separated by commas; all if left out.")] = "",
     set_: Annotated[list[str], typer.Option("--set", help="Calibration setting, such as group=10.")] = [],  # noqa: B006
@@ -112,55 +114,50 @@ def main(
     resume: Annotated[bool, typer.Option("--resume", help="Keep the entries that --out already holds.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Run the entries of a sweep and write one JSON."""
+    """Run the entries of the sweeps at the given bits, and write their JSON and plots."""
     if threads:
         torch.set_num_threads(threads)
-    if sweep not in SWEEPS:
-        raise AccuQuantError(f"--sweep {sweep!r}: there is {', '.join(SWEEPS)}")
     spec = CalibrationSpec(**parse_settings(set_))
-    weight_bits, activation_bits = parse_bits(bits)
-    scheme = QuantScheme.model_validate(
-        {
-            "weight_bits": weight_bits,
-            "activation_bits": activation_bits,
-            "target": target,
-            "policy": policy,
-            "split": split,
-        }
-    )
-    asked = {entry.name: entry for entry in SWEEPS[sweep](spec)}
-    wanted = only.split(",") if only else list(asked)
-    if unknown := set(wanted) - set(asked):
-        raise AccuQuantError(f"--only {', '.join(sorted(unknown))}: there is {', '.join(asked)}")
-    arena = Arena(checkpoint, scheme, sampler, n, spec)
-    budget = cost(Entry("multi-step", spec), arena.graph)
-    named = {name: within(entry, budget, arena.graph) for name, entry in asked.items()}
-    header = {
-        "schema_version": 2,
-        "sweep": sweep,
+    sweeps = {name: chosen(name, spec, only) for name in sweep.split(",")}
+    schemes = [scheme_of(pair, target, policy, split) for pair in bits.split(",")]
+    arena = Arena(checkpoint, sampler, steps, n, spec)
+    circumstances = {
+        "schema_version": 3,
         "checkpoint": {"name": checkpoint.name, "sha256": sha256(checkpoint)},
-        "scheme": scheme.model_dump(),
         "sampler": sampler or "the family's own",
         "steps": len(arena.plan),
-        "budget_calls": budget,
         "n": n,
         "seeds": [0, n - 1],
         "drift_n": DRIFT_SEEDS,
         "machine": {**machine_facts(), "threads": torch.get_num_threads()},
         "versions": versions(),
     }
-    rows = kept_rows(out, header, named) if resume else []
-    wanted = [name for name in wanted if name not in {row["method"] for row in rows}]
-    order = list(named)
-    for name in wanted:  # in the order asked for, listed in the sweep's own
-        entry = named[name]
-        with bar() as show:
-            row = arena.run(entry, show)
-        rows = sorted([*rows, row], key=lambda r: order.index(r["method"]))
-        console.print(f"{entry.name}: {row['psnr_mean']:.2f} dB, MSE {row['mse']:.2e}, {row['seconds']:.0f} s")
-        write_text(out, json.dumps(header | {"rows": rows}, indent=1) + "\n")  # a long sweep may be cut short
-    draw(out, scheme.name, rows)
-    console.print(table(f"{checkpoint.name} at {scheme.name}, n = {n}, budget {budget:.0f} calls", rows))
+    for scheme in schemes:
+        graph = arena.graph(scheme)
+        budget = cost(Entry("multi-step", spec), graph)
+        for name, entries in sweeps.items():
+            header = circumstances | {"sweep": name, "scheme": scheme.model_dump(), "budget_calls": budget}
+            path = out / f"{name}-{scheme.name.lower()}.json"
+            run(arena, {e.name: within(e, budget, graph) for e in entries}, scheme, graph, header, path, resume)
+    draw_by_bits(out)
+
+
+def chosen(sweep: str, spec: CalibrationSpec, only: str) -> list[Entry]:
+    """A sweep's entries, or those of them that are named, in the order of their names."""
+    if sweep not in SWEEPS:
+        raise AccuQuantError(f"--sweep {sweep!r}: there is {', '.join(SWEEPS)}")
+    entries = {entry.name: entry for entry in SWEEPS[sweep](spec)}
+    wanted = only.split(",") if only else list(entries)
+    if unknown := set(wanted) - set(entries):
+        raise AccuQuantError(f"--only {', '.join(sorted(unknown))}: there is {', '.join(entries)}")
+    return [entries[name] for name in wanted]
+
+
+def scheme_of(bits: str, target: str, policy: str, split: bool) -> QuantScheme:
+    weights, activations = parse_bits(bits)
+    return QuantScheme.model_validate(
+        {"weight_bits": weights, "activation_bits": activations, "target": target, "policy": policy, "split": split}
+    )
 
 
 def kept_rows(out: Path, header: Mapping[str, Any], entries: Mapping[str, Entry]) -> list[dict[str, Any]]:
@@ -178,26 +175,38 @@ def kept_rows(out: Path, header: Mapping[str, Any], entries: Mapping[str, Entry]
         raise AccuQuantError(f"--resume: {out} is no comparison of this tool; choose another --out") from error
     same = json.loads(json.dumps(header))
     different = sorted(k for k in same.keys() | earlier.keys() if same.get(k) != earlier.get(k))
-    different += [f"settings of {r['method']}" for r in rows if r["spec"] != entries[r["method"]].spec.model_dump()]
+    different += [
+        f"settings of {row['method']}"
+        for row in rows
+        if row["method"] in entries and row["spec"] != entries[row["method"]].spec.model_dump()
+    ]
     if different:
         raise AccuQuantError(f"--resume: {out} was measured with another {', '.join(different)}; choose another --out")
     return rows
 
 
-def draw(out: Path, scheme: str, rows: list[dict[str, Any]]) -> None:
-    """Drift along the chain, and what single steps would add up to, as SVG beside the JSON."""
-    count = len(rows[0]["accumulated_mse"])
-    steps = list(range(1, count + 1))
-    drift = {row["method"]: (steps, row["accumulated_mse"]) for row in rows}
-    title = f"{scheme}: error of the latent along the chain, n = {DRIFT_SEEDS}"
-    write_text(
-        out.with_suffix(".drift.svg"), markup(lines(drift, title, "sampling step", "mean squared error", log="y"))
-    )
-    single = {row["method"]: (steps, row["single_mse"]) for row in rows}
-    title = f"{scheme}: error of a step by itself, n = {DRIFT_SEEDS}"
-    write_text(
-        out.with_suffix(".single.svg"), markup(lines(single, title, "sampling step", "mean squared error", log="y"))
-    )
+def run(
+    arena: Arena,
+    entries: Mapping[str, Entry],
+    scheme: QuantScheme,
+    graph: int,
+    header: Mapping[str, Any],
+    path: Path,
+    resume: bool,
+) -> None:
+    """Run a sweep's entries and write `path` after every one of them: a long sweep may be cut short."""
+    sweep = header["sweep"]
+    order = [entry.name for entry in SWEEPS[sweep](CalibrationSpec())]
+    rows = kept_rows(path, header, entries) if resume else []
+    for name in [n for n in entries if n not in {row["method"] for row in rows}]:
+        with bar() as show:
+            row = arena.run(entries[name], scheme, graph, show)
+        rows = sorted([*rows, row], key=lambda r: order.index(r["method"]))
+        console.print(f"{name}: {row['psnr_mean']:.2f} dB, MSE {row['mse']:.2e}, {row['seconds']:.0f} s")
+        write_text(path, json.dumps({**header, "rows": rows}, indent=1) + "\n")
+    draw(path)
+    title = f"{sweep}, {header['checkpoint']['name']} at {scheme.name}, n = {header['n']}"
+    console.print(table(f"{title}, budget {header['budget_calls']:.0f} calls", rows))
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> Table:

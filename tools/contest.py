@@ -83,27 +83,35 @@ def within(entry: Entry, budget: float, graph: int | None = None) -> Entry:
 
 
 class Arena:
-    """What all entries share: checkpoint, plan, scheme, trajectories, and the twin's pictures."""
+    """What all entries share, whatever their grids: checkpoint, plan, trajectories, and the twin's pictures.
 
-    def __init__(self, checkpoint: Path, scheme: QuantScheme, sampler: str, n: int, spec: CalibrationSpec) -> None:
-        self.checkpoint, self.scheme, self.n = checkpoint, scheme, n
+    `sampler` and `steps` are the family's own where they are left out.
+    """
+
+    def __init__(self, checkpoint: Path, sampler: str, steps: int, n: int, spec: CalibrationSpec) -> None:
+        self.checkpoint, self.n = checkpoint, n
         model = load_model(checkpoint)
-        self.plan = trace(sampler or model.default_sampler, model.noise_schedule, model.default_steps)
+        self.plan = trace(sampler or model.default_sampler, model.noise_schedule, steps or model.default_steps)
         self.shape = model.sample_shape
         self.teacher = simulate(model.network, self.plan, _seeds(TEACHER_SEEDS, spec.trajectories), self.shape)
         self.judge = simulate(model.network, self.plan, _seeds(JUDGE_SEEDS, spec.held_out), self.shape)
         self.shown = simulate(model.network, self.plan, range(DRIFT_SEEDS), self.shape)
         self.fp: np.ndarray | None = None
-        operators = quantize(model, scheme)
-        with quantization(operators, active=True):
-            self.graph = graph_bytes(model.network, self.plan, self.teacher.states[0, :1])
 
-    def run(self, entry: Entry, show: Callable[[str, int, int, str], None]) -> dict[str, Any]:
-        """Calibrate, sample and compare; one row of the table."""
+    def graph(self, scheme: QuantScheme) -> int:
+        """Bytes that one sample's graph of one network call holds."""
         model = load_model(self.checkpoint)
-        operators = quantize(model, self.scheme)
+        with quantization(quantize(model, scheme), active=True):
+            return graph_bytes(model.network, self.plan, self.teacher.states[0, :1])
+
+    def run(
+        self, entry: Entry, scheme: QuantScheme, graph: int, show: Callable[[str, int, int, str], None]
+    ) -> dict[str, Any]:
+        """Calibrate, sample and compare; one row of the table. `graph` is for counting what it costs."""
+        model = load_model(self.checkpoint)
+        operators = quantize(model, scheme)
         begun = time.perf_counter()
-        row: dict[str, Any] = {"method": entry.name, "kind": entry.method, "cost": cost(entry, self.graph)}
+        row: dict[str, Any] = {"method": entry.name, "kind": entry.method, "cost": cost(entry, graph)}
         row["spec"] = entry.spec.model_dump()
         if entry.method == "block-wise":
             reconstruct(
@@ -124,19 +132,21 @@ class Arena:
                 )
             row |= {"held_out": outcome.held_out, "kept": outcome.kept, "groups": [asdict(g) for g in outcome.groups]}
         row["seconds"] = time.perf_counter() - begun
-        latents, engine = self._sample(model, operators, entry)
+        latents, engine = self._sample(model, operators, entry, scheme)
         row["sampled_on"] = engine
         assert self.fp is not None
         return row | compare(self.fp, latents) | self._errors_by_step(model, operators)
 
-    def _sample(self, model: DiffusionModel, operators: Any, entry: Entry) -> tuple[np.ndarray, str]:
+    def _sample(
+        self, model: DiffusionModel, operators: Any, entry: Entry, scheme: QuantScheme
+    ) -> tuple[np.ndarray, str]:
         with tempfile.TemporaryDirectory() as folder:
             if entry.spec.table > 1:
                 with quantization(operators, active=True):
                     run = simulate(model.network, self.plan, range(self.n), self.shape)
                 return run.states[-1].numpy(), "simulation"
             graph = trace_float(model.network, operators, self.shape)
-            quantized, twin = lower(graph, freeze(operators, self.scheme, {}), self.scheme.target)
+            quantized, twin = lower(graph, freeze(operators, scheme, {}), scheme.target)
             path = Path(folder) / "denoiser.onnx"
             save_graph(quantized, path)
             latents, engine = sample(path, self.plan, self.n, self.shape)
@@ -147,19 +157,25 @@ class Arena:
             return latents, engine
 
     def _errors_by_step(self, model: DiffusionModel, operators: Any) -> dict[str, list[float]]:
-        """Mean squared error of x_i along the student's own chain, and of each step taken alone from the teacher's x_i.
+        """Squared error of x_i along the student's own chain, and of each step taken alone from the teacher's x_i.
 
-        Row i's own error is carried by what it adds to x_{i+1}; both are means over DRIFT_SEEDS seeds.
+        Row i's own error is carried by what it adds to x_{i+1}. Mean and median over DRIFT_SEEDS seeds: a few pictures
+        that turn into another garment carry the mean.
         """
         with torch.no_grad(), quantization(operators, active=True):
             run = simulate(model.network, self.plan, range(DRIFT_SEEDS), self.shape)
-            single = [self._single(model, i) for i in range(len(self.plan))]
-        drift = (run.states[1:] - self.shown.states[1:]).square().flatten(1).mean(1)
-        return {"accumulated_mse": drift.tolist(), "single_mse": single}
+            single = torch.stack([self._single(model, i) for i in range(len(self.plan))])
+        drift = (run.states[1:] - self.shown.states[1:]).square().flatten(2).mean(2)
+        return {
+            "accumulated_mse": drift.mean(1).tolist(),
+            "accumulated_mse_median": drift.median(1).values.tolist(),
+            "single_mse": single.mean(1).tolist(),
+            "single_mse_median": single.median(1).values.tolist(),
+        }
 
-    def _single(self, model: DiffusionModel, i: int) -> float:
+    def _single(self, model: DiffusionModel, i: int) -> torch.Tensor:
         error = call(model.network, self.plan, i, self.shown.states[i]) - self.shown.outputs[i]
-        return float(error.square().mean()) * self.plan.steps[i].b.get(i, 0.0) ** 2
+        return error.square().flatten(1).mean(1) * self.plan.steps[i].b.get(i, 0.0) ** 2
 
 
 def compare(fp: np.ndarray, quantized: np.ndarray) -> dict[str, Any]:

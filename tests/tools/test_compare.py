@@ -75,25 +75,30 @@ def run(*arguments):
 
 def test_a_comparison_from_checkpoint_to_table(tiny, tmp_path):
     checkpoint = tiny.save_checkpoint(tmp_path, tiny.unet())
-    arguments = [checkpoint, "--n", 4, "--bits", "4/8", "--out", tmp_path / "table.json", "--threads", 1]
+    arguments = [checkpoint, "--n", 4, "--bits", "4/8,8/8", "--steps", 6, "--out", tmp_path, "--threads", 1]
     arguments += ["--only", "multi-step,block-wise,mse"]
     for setting in ("iterations=3", "trajectories=4", "held_out=2", "checks=1"):
         arguments += ["--set", setting]
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "table.json").read_text())
+    report = json.loads((tmp_path / "methods-w4a8.json").read_text())
     assert [row["method"] for row in report["rows"]] == ["mse", "block-wise", "multi-step"]
+    assert report["steps"] == 6
     for row in report["rows"]:
         assert row["psnr_mean"] > 5
-        assert len(row["accumulated_mse"]) == len(row["single_mse"]) == report["steps"]
+        assert len(row["accumulated_mse"]) == len(row["single_mse_median"]) == report["steps"]
         assert row["method"] in done.stdout
-    assert (tmp_path / "table.drift.svg").read_text().startswith("<?xml")
-    assert (tmp_path / "table.single.svg").exists()
+    wide = json.loads((tmp_path / "methods-w8a8.json").read_text())
+    assert wide["scheme"]["weight_bits"] == 8
+    assert wide["rows"][0]["psnr_mean"] > report["rows"][0]["psnr_mean"]
+    for plot in ("methods-w4a8.drift", "methods-w4a8.single", "methods-w8a8.quality", "methods"):
+        assert (tmp_path / f"{plot}.svg").read_text().startswith("<?xml")
 
     arguments[arguments.index("multi-step,block-wise,mse")] = "mse,percentile"
+    arguments[arguments.index("4/8,8/8")] = "4/8"
     again = run(*arguments, "--resume")
     assert again.returncode == 0, again.stderr
-    longer = json.loads((tmp_path / "table.json").read_text())
+    longer = json.loads((tmp_path / "methods-w4a8.json").read_text())
     assert [row["method"] for row in longer["rows"]] == ["percentile", "mse", "block-wise", "multi-step"]
     assert longer["rows"][1:] == report["rows"]
     arguments[arguments.index("--n") + 1] = 5
