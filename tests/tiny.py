@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 import yaml
 from accuquant.calibrate.families.ddim import role_of
@@ -15,6 +16,7 @@ from accuquant.calibrate.scheme import QuantScheme
 from accuquant.calibrate.spec import CalibrationSpec
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import Trajectory, simulate
+from accuquant.export.graph import trace_float
 from accuquant.runtime.plan import SamplingPlan
 from torch import Tensor, nn
 
@@ -59,6 +61,15 @@ def unet(seed: int = 0, config: UNetConfig = CONFIG) -> UNet:
             else:
                 p.normal_(0.0, 0.1, generator=generator)
     return network.eval().requires_grad_(False)
+
+
+@lru_cache
+def float_graph() -> ir.Model:
+    """The exported graph of `unet()`, not to be changed. One for all tests: the exporter is slow."""
+    network = unet()
+    return trace_float(
+        network, quantize_operators(network, QuantScheme(weight_bits=8, activation_bits=8), role_of), SHAPE
+    )
 
 
 class Toy(nn.Module):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from accuquant.calibrate.blockwise import reconstruct
 from accuquant.calibrate.families import load_model
@@ -97,6 +98,7 @@ class Arena:
         self.judge = simulate(model.network, self.plan, _seeds(JUDGE_SEEDS, spec.held_out), self.shape)
         self.shown = simulate(model.network, self.plan, range(DRIFT_SEEDS), self.shape)
         self.fp: np.ndarray | None = None
+        self.float_graph: ir.Model | None = None  # the same for all: it is of the float network
 
     def graph(self, scheme: QuantScheme) -> int:
         """Bytes that one sample's graph of one network call holds."""
@@ -145,8 +147,9 @@ class Arena:
                 with quantization(operators, active=True):
                     run = simulate(model.network, self.plan, range(self.n), self.shape)
                 return run.states[-1].numpy(), "simulation"
-            graph = trace_float(model.network, operators, self.shape)
-            quantized, twin = lower(graph, freeze(operators, scheme, {}), scheme.target)
+            if self.float_graph is None:
+                self.float_graph = trace_float(model.network, operators, self.shape)
+            quantized, twin = lower(self.float_graph, freeze(operators, scheme, {}), scheme.target)
             path = Path(folder) / "denoiser.onnx"
             save_graph(quantized, path)
             latents, engine = sample(path, self.plan, self.n, self.shape)

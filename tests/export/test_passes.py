@@ -37,7 +37,7 @@ class Lowered:
         self.operators = quantize_operators(self.network, self.scheme, role_of, splits)
         initialise(self.network, self.operators, plan, self.teacher, "mse", smoothing=smoothing)
         self.recipe = freeze(self.operators, self.scheme, {})
-        self.graph = trace_float(self.network, self.operators, tiny.SHAPE)
+        self.graph = trace_float(self.network, self.operators, tiny.SHAPE) if splits else tiny.float_graph()
 
     def run(self, model, path, exact=True):
         save_graph(model, path)
