@@ -80,6 +80,14 @@ class Recipe:
             if not (torch.isfinite(scale) & (scale > 0)).all():
                 raise AccuQuantError(f"layer {name}: a weight scale is zero, negative or not finite; calibrate again")
 
+    def container(self, name: str) -> Literal["int4", "int8"] | None:
+        """In what a weight is stored; None if the operator has none. TensorRT takes int4 tensors of even size only."""
+        bits, scheme = self.facts.operators[name].weight_bits, self.facts.scheme
+        if bits is None:
+            return None
+        fits = scheme.target != "tensorrt" or self.codes[name].numel() % 2 == 0
+        return "int4" if bits <= 4 and scheme.container == "packed" and fits else "int8"
+
     def save(self, folder: Path) -> None:
         tensors = {f"{name}.codes": codes for name, codes in self.codes.items()}
         tensors |= {f"{name}.scale": scale for name, scale in self.scales.items()}

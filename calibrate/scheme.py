@@ -17,6 +17,7 @@ Role = Literal["first", "last", "time", "body", "attention"]
 OperatorKind = Literal["conv", "linear", "matmul"]
 TargetName = Literal["cpu", "tensorrt"]
 PolicyName = Literal["standard", "uniform"]
+ContainerName = Literal["packed", "int8"]
 
 SIGNED_8 = Grid(8, signed=True, symmetric=True)
 
@@ -53,6 +54,7 @@ class QuantScheme(BaseModel):
     activation_bits: int = Field(ge=2, le=8)
     target: TargetName = "cpu"
     policy: PolicyName = "standard"
+    container: ContainerName = "packed"  # of weights of up to 4 bits: two in a byte, or one
     split: bool = False  # a scale for each part of a concatenation that a convolution reads; splits.py
 
     @property

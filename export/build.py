@@ -226,12 +226,11 @@ def _operator_facts(recipe: Recipe) -> dict[str, OperatorFacts]:
     for name, operator in recipe.facts.operators.items():
         codes = recipe.codes.get(name)
         count = 0 if codes is None else codes.numel()
-        bits = operator.weight_bits
-        container = "-" if bits is None else "int4" if bits <= 4 else "int8"
+        container = recipe.container(name) or "-"
         facts[name] = OperatorFacts(
             kind=operator.kind,
             role=operator.role,
-            weight_bits=bits,
+            weight_bits=operator.weight_bits,
             weight_container=container,
             inputs=tuple(f"{'int' if i.signed else 'uint'}{i.bits}" for i in operator.inputs),
             parameters=count,

@@ -31,6 +31,7 @@ def export(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps [the family's].")] = None,
     policy: Annotated[str, typer.Option(help="standard keeps first, last and time layers at 8 bits.")] = "standard",
     split: Annotated[bool, typer.Option("--split", help="A scale for each part of a concatenated shortcut.")] = False,
+    container: Annotated[str, typer.Option(help="Weights of up to 4 bits: packed two to a byte, or int8.")] = "packed",
     group: Annotated[int | None, typer.Option(min=1, help="M, steps simulated before the loss [5].")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="A calibration setting, such as gradient=injected-v.")] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -47,7 +48,13 @@ def export(
     warnings.filterwarnings("ignore", category=FutureWarning)
     weight_bits, activation_bits = parse_bits(bits)
     scheme = _validated(
-        QuantScheme, weight_bits=weight_bits, activation_bits=activation_bits, target=target, policy=policy, split=split
+        QuantScheme,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        target=target,
+        policy=policy,
+        container=container,
+        split=split,
     )
     if preset not in PRESETS:
         raise AccuQuantError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")

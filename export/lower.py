@@ -7,6 +7,7 @@ from ..calibrate.scheme import TargetName
 from .passes.correct_bias import correct_bias
 from .passes.group_norm_affine import group_norm_affine
 from .passes.insert_qdq import insert_qdq
+from .passes.requantize_int4 import requantize_int4
 from .passes.smooth_inputs import smooth_inputs
 from .passes.split_shortcuts import split_shortcuts
 from .passes.store_weights import store_weights
@@ -26,6 +27,7 @@ def lower(float_graph: ir.Model, recipe: Recipe, target: TargetName) -> tuple[ir
     correct_bias(quantized, recipe)
     smooth_inputs(quantized, recipe)
     store_weights(quantized, recipe)
+    requantize_int4(quantized, recipe)
     insert_qdq(quantized, recipe)
     return quantized, twin
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..runtime.bundle import Bundle, NetworkName
 from ..runtime.fidelity import psnr, ssim
+from ..runtime.inspection import operator_precisions
 from ..runtime.pictures import to_uint8
 from ..runtime.pipeline import Pipeline
 
@@ -49,18 +50,8 @@ def compare_twins(bundle: Bundle, n: int, seed: int, progress: Any, batch: int =
             paths[side] = kept
             if side == "denoiser":
                 engine = pipeline.engine.name
-                runs_as = operator_precisions(pipeline, list(bundle.manifest.operators))
+                runs_as = operator_precisions(pipeline.engine, bundle.manifest.operators)
     flat = {side: path.reshape(steps, n, -1) for side, path in paths.items()}
     drift = np.linalg.norm(flat["denoiser"] - flat["twin"], axis=2) / np.linalg.norm(flat["twin"], axis=2)
     fp, quantized = to_uint8(latents["twin"]), to_uint8(latents["denoiser"])
     return Comparison(fp, quantized, psnr(fp, quantized), ssim(fp, quantized), drift, seconds, engine, runs_as)
-
-
-def operator_precisions(pipeline: Pipeline, operators: list[str]) -> dict[str, str]:
-    """The precision in which the engine says it runs each operator; empty if it keeps no such record.
-
-    Engines report fused nodes by derived names, `conv_out/WithoutBiases` say; what stands before the slash is ours.
-    """
-    wanted = set(operators)
-    reported = ((node.partition("/")[0], kernel) for kernel in pipeline.engine.kernels() for node in kernel.nodes)
-    return {name: kernel.precision for name, kernel in reported if name in wanted}

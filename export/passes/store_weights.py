@@ -4,7 +4,7 @@
 
 Requires: every weighted operator of the recipe is a node of that name with a constant weight.
 Ensures: its weight input is a DequantizeLinear over stored integers, one scale per output channel; the bias is float
-and untouched. Weights of up to 4 bits are stored as 4 bits.
+and untouched. Weights of up to 4 bits are stored as 4 bits where the recipe's container says so.
 """
 
 import ml_dtypes
@@ -38,9 +38,7 @@ def store_weights(model: ir.Model, recipe: Recipe) -> int:
             raise AccuQuantError(
                 f"layer {name}: the recipe's weight is {integers.shape}, the graph's {tuple(weight.const_value.shape)}"
             )
-        bits = recipe.facts.operators[name].weight_bits
-        assert bits is not None
-        stored = integers.astype(ml_dtypes.int4) if bits <= 4 else integers
+        stored = integers.astype(ml_dtypes.int4) if recipe.container(name) == "int4" else integers
         axis = 1 if transposed else 0
         dequantize = ir.Node(
             "",

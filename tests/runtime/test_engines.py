@@ -4,10 +4,10 @@ import importlib
 
 import numpy as np
 import pytest
-from accuquant.export.measure import operator_precisions
 from accuquant.runtime.engines import ENGINES, available, open_engine
 from accuquant.runtime.engines.base import EngineOptions
 from accuquant.runtime.errors import AccuQuantError
+from accuquant.runtime.inspection import operator_precisions
 from accuquant.runtime.pipeline import Pipeline
 
 INTEGER = {"i8", "u8"}
@@ -16,7 +16,7 @@ INTEGER = {"i8", "u8"}
 def test_every_planned_operator_runs_as_an_integer_kernel(tiny_bundle):
     """Read off OpenVINO's own execution graph, not off ours."""
     with Pipeline(tiny_bundle, engine="openvino", batch=2) as pipeline:
-        precisions = operator_precisions(pipeline, list(pipeline.bundle.manifest.operators))
+        precisions = operator_precisions(pipeline.engine, pipeline.bundle.manifest.operators)
         kinds = {k.kind: k.precision for k in pipeline.engine.kernels() if k.kind == "Convolution"}
     assert precisions.keys() == pipeline.bundle.manifest.operators.keys()
     in_float = {name: p for name, p in precisions.items() if p not in INTEGER}

@@ -1,0 +1,48 @@
+"""Precision asked and precision got, operator by operator, in the words of whoever compiled the graph."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .bundle import OperatorFacts
+from .engines.base import Engine
+
+# What engines call a kernel that multiplies integers: OpenVINO i8 and u8, TensorRT Int8 and Int4.
+INTEGER = frozenset({"i8", "u8", "Int8", "Int4"})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one operator in one engine; `why` is empty if it got what was asked."""
+
+    operator: str
+    asked: str
+    stored: str
+    got: str
+    why: str
+
+
+def operator_precisions(engine: Engine, operators: Iterable[str]) -> dict[str, str]:
+    """The precision in which the engine says it runs each operator; empty if it keeps no such record.
+
+    Engines report fused nodes by derived names, `conv_out/WithoutBiases` say; what stands before the slash is ours.
+    """
+    wanted = set(operators)
+    reported = ((node.partition("/")[0], kernel) for kernel in engine.kernels() for node in kernel.nodes)
+    return {name: kernel.precision for name, kernel in reported if name in wanted}
+
+
+def judge(operators: dict[str, OperatorFacts], got: dict[str, str]) -> list[Verdict]:
+    """One verdict an operator, in the manifest's order; every operator of a manifest asks for integer kernels."""
+    verdicts = []
+    for name, facts in operators.items():
+        weights = "" if facts.weight_bits is None else f"int{facts.weight_bits} weights, "
+        precision = got.get(name, "")
+        if not precision:
+            why = "no kernel of that name: the engine reports none, or fused it away"
+        elif precision in INTEGER:
+            why = ""
+        else:
+            why = "the engine left its Q/DQ unfused and multiplies in float"
+        asked = weights + " x ".join(facts.inputs)
+        verdicts.append(Verdict(name, asked, facts.weight_container, precision or "not reported", why))
+    return verdicts

@@ -1,0 +1,81 @@
+"""`accuquant-inspect`: precision asked and got, and an exit code that a script can use."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from accuquant.runtime.bundle import OperatorFacts
+from accuquant.runtime.engines.rtx_compile import installed
+from accuquant.runtime.inspection import judge
+
+
+def inspect(*arguments):
+    return subprocess.run(
+        [sys.executable, "-c", "from accuquant.runtime.cli_inspect import main; main()", *map(str, arguments)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def facts(kind="conv"):
+    return OperatorFacts(
+        kind=kind, role="body", weight_bits=4, weight_container="int4", inputs=("uint8",), parameters=10, stored_bytes=5
+    )
+
+
+def test_a_verdict_says_why_an_operator_did_not_get_what_it_asked():
+    operators = {name: facts() for name in ("good", "float", "gone")}
+    good, left, gone = judge(operators, {"good": "u8", "float": "f32"})
+    assert (good.asked, good.stored, good.got, good.why) == ("int4 weights, uint8", "int4", "u8", "")
+    assert (left.got, "unfused" in left.why) == ("f32", True)
+    assert (gone.got, "no kernel of that name" in gone.why) == ("not reported", True)
+
+
+def test_all_operators_of_a_bundle_run_in_integers(tiny_bundle, tmp_path):
+    done = inspect(tiny_bundle.folder, "--engine", "openvino", "--out", tmp_path / "inspect.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    count = len(tiny_bundle.manifest.operators)
+    assert f"{count} operators at W4A8" in done.stdout
+    (result,) = json.loads((tmp_path / "inspect.json").read_text())["results"]
+    assert len(result["verdicts"]) == count
+    every = inspect(tiny_bundle.folder, "--engine", "openvino", "--all")
+    assert all(name in every.stdout for name in tiny_bundle.manifest.operators)
+
+
+def test_an_engine_that_tells_nothing_is_no_proof(tiny_bundle):
+    done = inspect(tiny_bundle.folder, "--engine", "onnxruntime")
+    assert done.returncode == 2
+    assert "not reported" in done.stdout
+
+
+@pytest.mark.skipif(not installed(), reason="TensorRT-RTX is not installed (pip install 'accuquant[rtx]')")
+def test_a_bundle_for_tensorrt_compiles_and_samples_here_too(tiny, tmp_path):
+    """Exported whole, sampled and compared on this CPU, compiled for two GPUs."""
+    from accuquant.calibrate.scheme import QuantScheme
+    from accuquant.calibrate.spec import PRESETS, CalibrationSpec
+    from accuquant.export.build import Request, build, prepare
+
+    asked = Request(
+        checkpoint=tiny.save_checkpoint(tmp_path, tiny.unet()),
+        out=tmp_path / "bundle",
+        scheme=QuantScheme(weight_bits=4, activation_bits=8, target="tensorrt"),
+        spec=CalibrationSpec(**PRESETS["smoke"]),
+        steps=4,
+        pictures=4,
+    )
+    made = build(asked, prepare(asked), lambda *_: None)
+    assert made.comparison.psnr.mean() > 15
+    done = inspect(made.bundle.folder, "--gpu", "sm86,sm120")
+    assert done.returncode == 0, done.stdout + done.stderr
+    count = len(made.bundle.manifest.operators)
+    for gpu in ("sm86", "sm120"):
+        assert f"TensorRT-RTX for {gpu}: {count} operators at W4A8: {count} Int8" in done.stdout
+    assert "compiled ahead of time, not run" in done.stdout
+
+
+@pytest.mark.skipif(not installed(), reason="TensorRT-RTX is not installed (pip install 'accuquant[rtx]')")
+def test_a_bundle_for_cpus_is_refused_by_the_compiler_in_its_own_words(tiny_bundle):
+    done = inspect(tiny_bundle.folder, "--gpu", "sm89")
+    assert done.returncode == 1
+    assert "TensorRT-RTX refused it for sm89: node " in done.stderr
+    assert "Traceback" not in done.stderr

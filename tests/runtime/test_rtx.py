@@ -1,0 +1,195 @@
+"""NVIDIA's compiler on a CPU: what it makes of the graphs we write, kernel by kernel, and what it still refuses."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from accuquant.calibrate.families import load_model
+from accuquant.calibrate.initialise import initialise
+from accuquant.calibrate.model import quantize
+from accuquant.calibrate.recipe import freeze
+from accuquant.calibrate.scheme import QuantScheme
+from accuquant.calibrate.trace import trace
+from accuquant.calibrate.trajectory import simulate
+from accuquant.export.graph import save_graph, trace_float
+from accuquant.export.lower import lower
+from accuquant.runtime.engines.rtx_compile import CompileRequest, compile_plan, installed
+from accuquant.runtime.engines.rtx_log import parse_log
+from accuquant.runtime.errors import AccuQuantError
+from onnx import TensorProto, helper, numpy_helper
+
+REFERENCE = Path(__file__).parents[2] / "tools" / "reference" / "fashion-ddim.ckpt"
+GPUS = ["default", "sm86", "sm89", "sm120"]
+
+
+@pytest.fixture(scope="module")
+def rtx():
+    """Skips where the compiler is missing; where everything is expected to be installed, its absence is a failure."""
+    if not installed():
+        reason = "TensorRT-RTX is not installed (pip install 'accuquant[rtx]')"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+# -- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_of_release_1_7_is_read():
+    compiled = parse_log((Path(__file__).parent / "rtx_1.7_log.txt").read_text())
+    assert [k.kind for k in compiled.kernels] == [
+        "shape_call", "kgen", "gemm", "gemm", "correlation", "correlation", "signal", "wait",
+    ]  # fmt: skip
+    assert compiled.precisions(["temb.dense.0", "conv_in", "node_cos"]) == {"temb.dense.0": "Int8", "conv_in": "Int8"}
+    assert compiled.weights_bytes == 3_307_268
+
+
+@pytest.mark.parametrize("text", ["", "Total Weights Memory: 12 bytes\n", "Layers:\nsomething else\n"])
+def test_another_format_is_an_error_and_not_an_empty_answer(text):
+    with pytest.raises(AccuQuantError, match=r"TensorRT-RTX 1\.7"):
+        parse_log(text)
+
+
+# -- our graphs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference_graph():
+    model = load_model(REFERENCE)
+    operators = quantize(model, QuantScheme(weight_bits=8, activation_bits=8))
+    return trace_float(model.network, operators, model.sample_shape)
+
+
+def lowered(model, folder, graph=None, **scheme):
+    """Both graphs of a model with plausible ranges, on disk; and the operators that must become integer kernels.
+
+    `graph` is the model's exported one, if it was exported before.
+    """
+    chosen = QuantScheme(target="tensorrt", **scheme)
+    operators = quantize(model, chosen)
+    plan = trace(model.default_sampler, model.noise_schedule, 4)
+    initialise(model.network, operators, plan, simulate(model.network, plan, range(2), model.sample_shape), "min-max")
+    graph = graph or trace_float(model.network, operators, model.sample_shape)
+    graphs = lower(graph, freeze(operators, chosen, {}), "tensorrt")
+    for name, graph in zip(("int", "fp"), graphs, strict=True):
+        save_graph(graph, folder / f"{name}.onnx")
+    return folder / "int.onnx", folder / "fp.onnx", list(operators)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"weight_bits": 8, "activation_bits": 8},
+        {"weight_bits": 4, "activation_bits": 8},
+        {"weight_bits": 4, "activation_bits": 8, "container": "int8"},
+        {"weight_bits": 4, "activation_bits": 6, "policy": "uniform", "split": True},
+    ],
+    ids=["w8a8", "w4a8", "w4a8-int8-containers", "w4a6-uniform-split"],
+)
+def test_every_operator_of_every_form_is_an_integer_kernel(rtx, scheme, tiny, tiny_checkpoint, tmp_path):
+    exported = None if scheme.get("split") else tiny.float_graph()
+    graph, _, operators = lowered(load_model(tiny_checkpoint), tmp_path, exported, **scheme)
+    for gpu in GPUS:
+        got = compile_plan(CompileRequest(graph, gpu)).precisions(operators)
+        assert got == dict.fromkeys(operators, "Int8"), gpu
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.27), (4, 0.15)])
+def test_the_bundled_model_is_whole_in_integers_and_small_in_memory(rtx, bits, most, reference_graph, tmp_path):
+    model = load_model(REFERENCE)
+    graph, twin, operators = lowered(model, tmp_path, reference_graph, weight_bits=bits, activation_bits=8)
+    whole = compile_plan(CompileRequest(twin)).weights_bytes
+    for gpu in GPUS:
+        compiled = compile_plan(CompileRequest(graph, gpu), tmp_path / "plan")
+        assert compiled.precisions(operators) == dict.fromkeys(operators, "Int8"), gpu
+        assert compiled.weights_bytes <= most * whole
+        assert (tmp_path / "plan").stat().st_size > compiled.weights_bytes
+
+
+def test_requantized_weights_are_the_same_weights(tiny, tiny_checkpoint, tmp_path):
+    """INT4 -> x16 -> int8: bit for bit the weight that the int8 container holds, by ONNX Runtime's word."""
+    import onnxruntime
+
+    outputs = []
+    for container in ("packed", "int8"):
+        (tmp_path / container).mkdir()
+        graph, _, _ = lowered(
+            load_model(tiny_checkpoint), tmp_path / container, tiny.float_graph(),
+            weight_bits=4, activation_bits=8, container=container,
+        )  # fmt: skip
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        x = np.random.default_rng(0).standard_normal((2, 1, 8, 8)).astype(np.float32)
+        outputs.append(session.run(None, {"x": x, "t": np.full(2, 50, np.float32)})[0])
+    np.testing.assert_array_equal(*outputs)
+
+
+# -- what the compiler refuses: if one of these fails, a new release has lifted a limit ------------------------------
+
+
+def convolution(path, weights=np.int8, zero=0, scale_shape=(), runtime_scale=False):
+    """One quantized convolution of 8 channels, with what may be wrong with it."""
+    rng = np.random.default_rng(0)
+    codes = numpy_helper.from_array(rng.integers(-8, 8, (8, 8, 3, 3)).astype(np.int8), "w")
+    if weights == "int4":
+        codes = helper.make_tensor("w", TensorProto.INT4, (8, 8, 3, 3), numpy_helper.to_array(codes).flatten())
+    constants = [
+        codes,
+        numpy_helper.from_array(np.full(8, 0.01, np.float32), "ws"),
+        numpy_helper.from_array(np.array(zero, np.int8), "z"),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8, 8, 8])]
+    if runtime_scale:
+        inputs.append(helper.make_tensor_value_info("s", TensorProto.FLOAT, []))
+    else:
+        constants.append(numpy_helper.from_array(np.full(scale_shape, 0.02, np.float32), "s"))
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "quantize"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "dequantize"),
+        helper.make_node("DequantizeLinear", ["w", "ws"], ["wd"], "weight", axis=0),
+        helper.make_node("Conv", ["d", "wd"], ["y"], "conv", pads=[1, 1, 1, 1]),
+    ]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8, 8, 8])
+    graph = helper.make_graph(nodes, "g", inputs, [output], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), path)
+    return path
+
+
+def test_the_form_all_cases_below_depart_from_is_an_integer_kernel(rtx, tmp_path):
+    path = convolution(tmp_path / "m.onnx")
+    assert compile_plan(CompileRequest(path)).precisions(["conv"]) == {"conv": "Int8"}
+
+
+def test_int4_weights_straight_into_an_int8_convolution_are_refused(rtx, tmp_path):
+    with pytest.raises(AccuQuantError, match=r"refused it for default: .*CHECK\(dtype == W\.type\(\)\)"):
+        compile_plan(CompileRequest(convolution(tmp_path / "m.onnx", weights="int4")))
+
+
+def test_zero_points_are_refused_with_the_nodes_name(rtx, tmp_path):
+    with pytest.raises(AccuQuantError, match=r"node quantize: .*Non-zero zero point"):
+        compile_plan(CompileRequest(convolution(tmp_path / "m.onnx", zero=3)))
+
+
+@pytest.mark.parametrize(("shape", "gpu"), [((1,), "default"), ((), "sm75")])
+def test_what_is_accepted_but_multiplied_in_float(rtx, shape, gpu, tmp_path):
+    """A scale of rank 1, and Turing: no complaint, and no integers. Only the kernels tell."""
+    path = convolution(tmp_path / "m.onnx", scale_shape=shape)
+    got = compile_plan(CompileRequest(path, gpu)).precisions(["conv"])
+    assert got["conv"] in {"Float", "Half"}
+
+
+def test_a_graph_that_kills_the_compiler_kills_only_the_child(rtx, tmp_path):
+    with pytest.raises(AccuQuantError, match=r"crashed \(SIG"):
+        compile_plan(CompileRequest(convolution(tmp_path / "m.onnx", runtime_scale=True)))
+
+
+def test_mistakes_are_one_sentence(rtx, tmp_path):
+    path = convolution(tmp_path / "m.onnx")
+    with pytest.raises(AccuQuantError, match=r"unknown GPU target 'sm90'; known: default"):
+        compile_plan(CompileRequest(path, "sm90"))
+    with pytest.raises(AccuQuantError, match="took longer than 0 s"):
+        compile_plan(CompileRequest(path), seconds=0.01)
+    (tmp_path / "bad.onnx").write_bytes(b"no graph")
+    with pytest.raises(AccuQuantError, match=r"bad\.onnx: TensorRT-RTX refused it"):
+        compile_plan(CompileRequest(tmp_path / "bad.onnx"))
