@@ -33,6 +33,7 @@ from ..runtime.console import machine_facts
 from ..runtime.errors import AccuQuantError
 from ..runtime.files import atomic_folder, sha256
 from ..runtime.plan import SamplingPlan
+from .check_target import check_target
 from .graph import save_graph, trace_float
 from .lower import lower
 from .measure import Comparison, compare_twins
@@ -133,6 +134,7 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         float_graph = trace_float(model.network, operators, model.sample_shape)
         show("export", 1, 3, "")
         quantized, twin = lower(float_graph, recipe, request.scheme.target)
+        check_target(quantized, recipe.facts.operators, request.scheme.target)
         save_graph(quantized, folder / "denoiser.onnx")
         save_graph(twin, folder / "twin.onnx")
         recipe.save(folder)
