@@ -63,10 +63,10 @@ def group_errors(
     return errors
 
 
-def activation_state(operators: dict[str, QuantizedOperator]) -> list[tuple[Tensor, Tensor]]:
-    """Copies of every activation quantizer's log scale and zero point, in order."""
+def activation_state(operators: dict[str, QuantizedOperator]) -> list[Tensor]:
+    """Copies of every activation quantizer's log scales, in order: all of it that has rows."""
     quantizers = (q for op in operators.values() for q in op.quantizers)
-    return [(q.log_scale.detach().clone(), q.zero_point.detach().clone()) for q in quantizers]
+    return [q.log_scale.detach().clone() for q in quantizers]
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def fall_back(
     judge: Trajectory,
     groups: Sequence[Group],
     before: Sequence[float],
-    initial: Sequence[tuple[Tensor, Tensor]],
+    initial: Sequence[Tensor],
 ) -> list[GroupGain]:
     """Compare with `before`, undo the rows of a table that learning made worse, and tell what became of every group.
 
@@ -88,10 +88,9 @@ def fall_back(
     table = next((q.table for q in quantizers), None)
     restored: set[int] = set()
 
-    def put(state: Sequence[tuple[Tensor, Tensor]], row: int) -> None:
-        for quantizer, (log_scale, zero_point) in zip(quantizers, state, strict=True):
+    def put(state: Sequence[Tensor], row: int) -> None:
+        for quantizer, log_scale in zip(quantizers, state, strict=True):
             quantizer.log_scale[row] = log_scale[row]
-            quantizer.zero_point[row] = zero_point[row]
 
     for row in range(0 if table is None else len(table)):
         assert table is not None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.plan import SamplingPlan
+from .grid import Grid
 from .layers import QuantizedOperator, RowTable, quantization
 from .observers import Histogram, Range, max_weight_scale, min_max, mse_activation, mse_weight_scale, percentile
 from .smooth import channel_peaks, smooth, smoothable
@@ -77,9 +78,23 @@ def initialise(
     histograms = {key: Histogram(seen.low, seen.high) for key, seen in ranges.items()}
     watch(lambda key, x: histograms[key].add(x))
     find = {"mse": mse_activation, "min-max": min_max, "percentile": percentile}[method]
-    for (name, k, at), seen in histograms.items():
+    found = {key: find(seen, operators[key[0]].quantizers[key[1]].grid) for key, seen in histograms.items()}
+    for (name, k, at), (scale, zero_point) in found.items():
         quantizer = operators[name].quantizers[k]
-        quantizer.set(*find(seen, quantizer.grid), at)
+        if table is not None and not quantizer.grid.symmetric:
+            scale, zero_point = _around_one_zero(found, (name, k, at), quantizer.grid)
+        quantizer.set(scale, zero_point, at)
+
+
+def _around_one_zero(found: dict[Key, tuple[Tensor, Tensor]], key: Key, grid: Grid) -> tuple[Tensor, Tensor]:
+    """A row's scale around the mean zero point of its input's rows, such that the row's range stays whole."""
+    zero_points = [zero for (name, k, _), (_, zero) in found.items() if (name, k) == key[:2]]
+    common = torch.stack(zero_points).mean().round()
+    scale, zero = found[key]
+    below, above = common - grid.q_min, grid.q_max - common
+    low, high = (zero - grid.q_min) * scale, (grid.q_max - zero) * scale
+    needed = [part / codes for part, codes in ((low, below), (high, above)) if codes > 0]
+    return torch.stack(needed).amax(), common
 
 
 def _watch(

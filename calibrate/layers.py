@@ -44,7 +44,7 @@ class RowTable(Protocol):
 class ActivationQuantizer(nn.Module):
     """Per-tensor quantization with learnable log scale and, on asymmetric grids, learnable zero point.
 
-    With a table both have a row for each stretch of the chain.
+    With a table there is a scale for each stretch of the chain, around one zero point.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -56,10 +56,10 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def set(self, scale: Tensor, zero_point: Tensor, row: int | None = None) -> None:
-        """Set the parameters, those of one row if there is a table and `row` is given."""
+        """Set the parameters; of the scales that of one row, if there is a table and `row` is given."""
         here = ... if row is None or self.table is None else row
         self.log_scale[here] = scale.log().to(self.log_scale)
-        self.zero_point[here] = zero_point.to(self.zero_point)
+        self.zero_point.copy_(zero_point)
 
     @property
     def scale(self) -> Tensor:
@@ -70,7 +70,7 @@ class ActivationQuantizer(nn.Module):
         """Centred codes of x, and the scale that turns them back into values."""
         scale, zero_point = self.scale, self.zero_point.clamp(self.grid.q_min, self.grid.q_max)
         if self.table is not None:
-            scale, zero_point = scale[self.table.current], zero_point[self.table.current]
+            scale = scale[self.table.current]
         return centred_codes(x, scale, zero_point, self.grid), scale
 
 

@@ -24,7 +24,7 @@ from .scheme import OperatorKind, QuantScheme, Role
 class ActivationRecipe(BaseModel):
     """One activation input: x is stored as clamp(round(x / scale) + zero_point, q_min, q_max).
 
-    `rows` is empty, or holds scale and zero point for every stretch of the chain, the first of which is repeated above.
+    `rows` is empty, or holds the scale of every stretch of the chain, the first of which is repeated above.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -33,7 +33,7 @@ class ActivationRecipe(BaseModel):
     signed: bool
     scale: float = Field(gt=0)
     zero_point: int
-    rows: tuple[tuple[float, int], ...] = ()
+    rows: tuple[float, ...] = ()
 
 
 class OperatorRecipe(BaseModel):
@@ -127,16 +127,14 @@ def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provena
         inputs = []
         for quantizer in operator.quantizers:
             grid = quantizer.grid
-            steps = quantizer.scale.reshape(-1).tolist()
-            zeros = quantizer.zero_point.clamp(grid.q_min, grid.q_max).round().reshape(-1).tolist()
+            rows = tuple(quantizer.scale.reshape(-1).tolist())
             try:
-                rows = tuple((step, int(zero)) for step, zero in zip(steps, zeros, strict=True))
                 inputs.append(
                     ActivationRecipe(
                         bits=grid.bits,
                         signed=grid.signed,
-                        scale=rows[0][0],
-                        zero_point=rows[0][1],
+                        scale=rows[0],
+                        zero_point=int(quantizer.zero_point.clamp(grid.q_min, grid.q_max).round()),
                         rows=rows if len(rows) > 1 else (),
                     )
                 )

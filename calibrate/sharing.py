@@ -1,10 +1,12 @@
 """Activation parameters shared by all steps, or one set for each of K stretches of the chain.
 
-What a layer sees drifts with the noise level. A table of K scales and zero points follows it: a call at timestep t uses
+What a layer sees drifts with the noise level. A table of K scales follows it: a call at timestep t uses
 
     row(t) = #{k : t < bound_k}        bounds falling, the lowest timestep of every stretch but the last
 
-so that a plan with other timesteps finds its rows too. Weights and their rounding stay one set.
+so that a plan with other timesteps finds its rows too. Weights, their rounding and the zero points stay one set: an
+integer kernel adds its padding and its zero point where no step is known, while a scale can be divided out before the
+quantizer and multiplied back behind the operator.
 """
 
 import torch
@@ -35,6 +37,8 @@ class StepTable:
         Raises:
             AccuQuantError: a batch whose timesteps belong to different rows.
         """
+        if torch.compiler.is_exporting():  # the float network is exported, which has no rows
+            return
         rows = {self.row(float(t)) for t in arguments[1].unique()}
         if len(rows) > 1:
             raise AccuQuantError(f"one call at timesteps of rows {sorted(rows)}; a call simulates one row of the table")
@@ -58,8 +62,5 @@ def tabulate(network: nn.Module, operators: dict[str, QuantizedOperator], plan: 
     for operator in operators.values():
         for quantizer in operator.quantizers:
             quantizer.table = table
-            for name in ("log_scale", "zero_point"):
-                old = getattr(quantizer, name)
-                value = torch.zeros(len(table), device=old.device)
-                setattr(quantizer, name, nn.Parameter(value, requires_grad=old.requires_grad))
+            quantizer.log_scale = nn.Parameter(torch.zeros(len(table), device=quantizer.log_scale.device))
     return table

@@ -84,11 +84,6 @@ class Result:
 def prepare(request: Request) -> Prepared:
     """Load the checkpoint, trace the sampler, quantize the operators and estimate the cost."""
     _check_out(request.out)
-    if request.spec.table > 1:
-        raise AccuQuantError(
-            f"table = {request.spec.table}: activation parameters per stretch of the chain run in simulation only "
-            "so far; leave it at 1 to export"
-        )
     model = load_model(request.checkpoint, request.config)
     plan = trace(request.sampler or model.default_sampler, model.noise_schedule, request.steps or model.default_steps)
     network = model.network.to(request.device)

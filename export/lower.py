@@ -10,6 +10,7 @@ from .passes.insert_qdq import insert_qdq
 from .passes.requantize_int4 import requantize_int4
 from .passes.smooth_inputs import smooth_inputs
 from .passes.split_shortcuts import split_shortcuts
+from .passes.step_table import step_table
 from .passes.store_weights import store_weights
 
 # Rewrites that make the float part faster on a target and change nothing else; the twin gets them too, so that a
@@ -26,6 +27,7 @@ def lower(float_graph: ir.Model, recipe: Recipe, target: TargetName) -> tuple[ir
     recipe = split_shortcuts(quantized, recipe)
     correct_bias(quantized, recipe)
     smooth_inputs(quantized, recipe)
+    recipe = step_table(quantized, recipe)
     store_weights(quantized, recipe)
     requantize_int4(quantized, recipe)
     insert_qdq(quantized, recipe)

@@ -24,11 +24,14 @@ class Verdict:
 def operator_precisions(engine: Engine, operators: Iterable[str]) -> dict[str, str]:
     """The precision in which the engine says it runs each operator; empty if it keeps no such record.
 
-    Engines report fused nodes by derived names, `conv_out/WithoutBiases` say; what stands before the slash is ours.
+    Engines report fused nodes by derived names, `conv_out/WithoutBiases` say; what stands before the slash is ours. A
+    kernel that carries an operator's own name is believed before one that carries a derived one.
     """
     wanted = set(operators)
-    reported = ((node.partition("/")[0], kernel) for kernel in engine.kernels() for node in kernel.nodes)
-    return {name: kernel.precision for name, kernel in reported if name in wanted}
+    reported = [(node, kernel.precision) for kernel in engine.kernels() for node in kernel.nodes]
+    derived = {node.partition("/")[0]: precision for node, precision in reported}
+    found = derived | dict(reported)
+    return {name: precision for name, precision in found.items() if name in wanted}
 
 
 def judge(operators: dict[str, OperatorFacts], got: dict[str, str]) -> list[Verdict]:

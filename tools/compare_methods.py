@@ -16,7 +16,7 @@ single steps, quality by entry; and quality by method and bits over all of --out
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,7 +111,7 @@ def main(
     only: Annotated[str, typer.Option(help="Entries by name, separated by commas; all if left out.")] = "",
     set_: Annotated[list[str], typer.Option("--set", help="Calibration setting, such as group=10.")] = [],  # noqa: B006
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the entries that --out already holds.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Take over what --out already holds of the same.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Run the entries of the sweeps at the given bits, and write their JSON and plots."""
@@ -138,7 +138,8 @@ def main(
         for name, entries in sweeps.items():
             header = circumstances | {"sweep": name, "scheme": scheme.model_dump(), "budget_calls": budget}
             path = out / f"{name}-{scheme.name.lower()}.json"
-            run(arena, {e.name: within(e, budget, graph) for e in entries}, scheme, graph, header, path, resume)
+            known = kept_rows(out, header) if resume else []
+            run(arena, [within(e, budget, graph) for e in entries], scheme, graph, header, path, known)
     draw_by_bits(out)
 
 
@@ -160,49 +161,41 @@ def scheme_of(bits: str, target: str, policy: str, split: bool) -> QuantScheme:
     )
 
 
-def kept_rows(out: Path, header: Mapping[str, Any], entries: Mapping[str, Entry]) -> list[dict[str, Any]]:
-    """The rows of an earlier run that was asked the same and cut short; none if there was no such run.
-
-    Raises:
-        AccuQuantError: the file is of other circumstances, whose rows cannot stand beside new ones.
-    """
-    if not out.exists():
-        return []
-    try:
-        earlier = json.loads(out.read_text())
-        rows: list[dict[str, Any]] = earlier.pop("rows")
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise AccuQuantError(f"--resume: {out} is no comparison of this tool; choose another --out") from error
-    same = json.loads(json.dumps(header))
-    different = sorted(k for k in same.keys() | earlier.keys() if same.get(k) != earlier.get(k))
-    different += [
-        f"settings of {row['method']}"
-        for row in rows
-        if row["method"] in entries and row["spec"] != entries[row["method"]].spec.model_dump()
-    ]
-    if different:
-        raise AccuQuantError(f"--resume: {out} was measured with another {', '.join(different)}; choose another --out")
+def kept_rows(folder: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What earlier runs measured under the same circumstances, whatever the sweep: entries of two sweeps may be one."""
+    same = {k: v for k, v in json.loads(json.dumps(header)).items() if k != "sweep"}
+    rows: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            earlier = json.loads(path.read_text())
+            if {k: v for k, v in earlier.items() if k not in ("sweep", "rows")} == same:
+                rows += earlier["rows"]
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise AccuQuantError(f"--resume: {path} is no comparison of this tool; choose another --out") from error
     return rows
 
 
 def run(
     arena: Arena,
-    entries: Mapping[str, Entry],
+    entries: Sequence[Entry],
     scheme: QuantScheme,
     graph: int,
     header: Mapping[str, Any],
     path: Path,
-    resume: bool,
+    known: Sequence[dict[str, Any]],
 ) -> None:
-    """Run a sweep's entries and write `path` after every one of them: a long sweep may be cut short."""
+    """Run the entries that are not `known`, and write `path` after every one: a long sweep may be cut short."""
     sweep = header["sweep"]
     order = [entry.name for entry in SWEEPS[sweep](CalibrationSpec())]
-    rows = kept_rows(path, header, entries) if resume else []
-    for name in [n for n in entries if n not in {row["method"] for row in rows}]:
-        with bar() as show:
-            row = arena.run(entries[name], scheme, graph, show)
-        rows = sorted([*rows, row], key=lambda r: order.index(r["method"]))
-        console.print(f"{name}: {row['psnr_mean']:.2f} dB, MSE {row['mse']:.2e}, {row['seconds']:.0f} s")
+    rows: list[dict[str, Any]] = []
+    for entry in entries:
+        same = (r for r in known if (r["kind"], r["spec"]) == (entry.method, entry.spec.model_dump()))
+        row = next(same, None)
+        if row is None:
+            with bar() as show:
+                row = arena.run(entry, scheme, graph, show)
+        rows = sorted([*rows, row | {"method": entry.name}], key=lambda r: order.index(r["method"]))
+        console.print(f"{entry.name}: {row['psnr_mean']:.2f} dB, MSE {row['mse']:.2e}, {row['seconds']:.0f} s")
         write_text(path, json.dumps({**header, "rows": rows}, indent=1) + "\n")
     draw(path)
     title = f"{sweep}, {header['checkpoint']['name']} at {scheme.name}, n = {header['n']}"

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from ...calibrate.recipe import Recipe
 from ...runtime.errors import AccuQuantError
 from ..graph import operator_nodes
+from .insertion import constant, drop_unused, insert_behind, read_instead
 
 
 def correct_bias(model: ir.Model, recipe: Recipe) -> int:
@@ -29,7 +30,7 @@ def correct_bias(model: ir.Model, recipe: Recipe) -> int:
             raise AccuQuantError(f"layer {name} of the recipe is not in the graph; recipe and checkpoint do not fit")
         learned = shift.numpy()
         if node.op_type == "MatMul":
-            _add_behind(model, node, _constant(model, f"{name}.bias.learned", learned))
+            _add_behind(model, node, constant(model, f"{name}.bias.learned", learned))
             continue
         old = node.inputs[2] if len(node.inputs) > 2 else None
         if old is not None:
@@ -38,23 +39,12 @@ def correct_bias(model: ir.Model, recipe: Recipe) -> int:
             learned = old.const_value.numpy() + learned
         else:
             node.resize_inputs(3)
-        node.replace_input_with(2, _constant(model, f"{name}.bias.corrected", learned))
-        if old is not None and not old.uses() and old.name is not None and old.name in model.graph.initializers:
-            del model.graph.initializers[old.name]
+        node.replace_input_with(2, constant(model, f"{name}.bias.corrected", learned.astype(np.float32)))
+        drop_unused(model, old)
     return len(recipe.shifts)
 
 
 def _add_behind(model: ir.Model, node: ir.Node, value: ir.Value) -> None:
-    product = node.outputs[0]
-    consumers = list(product.uses())
-    add = ir.Node("", "Add", [product, value], name=f"{node.name}.bias.add")
-    add.outputs[0].name = f"{node.name}.bias.added"
-    model.graph.insert_after(node, add)
-    for usage in consumers:
-        usage.node.replace_input_with(usage.idx, add.outputs[0])
-
-
-def _constant(model: ir.Model, name: str, value: np.ndarray) -> ir.Value:
-    made = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(value, dtype=np.float32), name=name))
-    model.graph.register_initializer(made)
-    return made
+    readers = list(node.outputs[0].uses())
+    added = insert_behind(model, node, "Add", [node.outputs[0], value], f"{node.name}.bias.add")
+    read_instead(model, node.outputs[0], added, readers)

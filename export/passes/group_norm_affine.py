@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...runtime.errors import AccuQuantError
+from .insertion import constant, drop_unused, insert_before
 
 
 def group_norm_affine(model: ir.Model) -> int:
@@ -43,31 +44,29 @@ def _rewrite(model: ir.Model, norm: ir.Node) -> None:
     per_group = len(gamma) // groups
     prefix = norm.name or norm.outputs[0].name
 
-    def constant(name: str, value: np.ndarray) -> ir.Value:
-        made = ir.val(f"{prefix}.{name}", const_value=ir.tensor(value, name=f"{prefix}.{name}"))
-        model.graph.register_initializer(made)
-        return made
+    def fixed(name: str, value: np.ndarray) -> ir.Value:
+        return constant(model, f"{prefix}.{name}", value)
 
     def node(op: str, name: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        made = ir.Node("", op, inputs, [ir.AttrInt64(k, v) for k, v in attributes.items()], name=f"{prefix}.{name}")
-        made.outputs[0].name = f"{prefix}.{name}.output"
-        model.graph.insert_before(norm, made)
-        return made.outputs[0]
+        return insert_before(model, norm, op, inputs, f"{prefix}.{name}", **attributes)
 
-    grouped = constant("grouped", np.array([0, groups, per_group], np.int64))
-    channels = constant("channels", np.array([0, groups * per_group, 1, 1], np.int64))
-    last = constant("last", np.array([2], np.int64))
+    grouped = fixed("grouped", np.array([0, groups, per_group], np.int64))
+    channels = fixed("channels", np.array([0, groups * per_group, 1, 1], np.int64))
+    last = fixed("last", np.array([2], np.int64))
     m = node("GlobalAveragePool", "mean", x)
     q = node("GlobalAveragePool", "square_mean", node("Mul", "square", x, x))
     mu = node("ReduceMean", "group_mean", node("Reshape", "mean_grouped", m, grouped), last, keepdims=1)
     second = node("ReduceMean", "group_square", node("Reshape", "square_grouped", q, grouped), last, keepdims=1)
     # Rounding may leave a variance of -1e-9 on a constant group.
-    floor = constant("zero", np.zeros((), np.float32))
+    floor = fixed("zero", np.zeros((), np.float32))
     var = node("Max", "variance", node("Sub", "spread", second, node("Mul", "mean_squared", mu, mu)), floor)
-    deviation = node("Sqrt", "deviation", node("Add", "stable", var, constant("eps", np.full((), eps, np.float32))))
-    a = node("Div", "a", constant("gamma", gamma.reshape(1, groups, per_group)), deviation)
-    b = node("Sub", "b", constant("beta", beta.reshape(1, groups, per_group)), node("Mul", "mean_a", mu, a))
+    deviation = node("Sqrt", "deviation", node("Add", "stable", var, fixed("eps", np.full((), eps, np.float32))))
+    a = node("Div", "a", fixed("gamma", gamma.reshape(1, groups, per_group)), deviation)
+    b = node("Sub", "b", fixed("beta", beta.reshape(1, groups, per_group)), node("Mul", "mean_a", mu, a))
     scaled = node("Mul", "scaled", x, node("Reshape", "a_channels", a, channels))
     y = node("Add", "shifted", scaled, node("Reshape", "b_channels", b, channels))
+    y.shape, y.type = norm.outputs[0].shape, norm.outputs[0].type
     ir.convenience.replace_all_uses_with(norm.outputs[0], y)
     model.graph.remove(norm, safe=True)
+    for value in (scale, bias):
+        drop_unused(model, value)

@@ -16,13 +16,14 @@ import onnx_ir as ir
 from ...calibrate.recipe import ActivationRecipe, Recipe
 from ...runtime.errors import AccuQuantError
 from ..graph import operator_nodes
+from .insertion import constant, insert_before
 
 
 def insert_qdq(model: ir.Model, recipe: Recipe) -> int:
     """Rewrite in place; returns how many Q/DQ pairs were made.
 
     Raises:
-        AccuQuantError: a layer of the recipe is not in the graph, or has a table of activation parameters.
+        AccuQuantError: a layer of the recipe is not in the graph.
     """
     nodes = operator_nodes(model)
     made: dict[tuple[int, ActivationRecipe], ir.Value] = {}
@@ -33,11 +34,7 @@ def insert_qdq(model: ir.Model, recipe: Recipe) -> int:
         for index, facts in enumerate(operator.inputs):
             x = node.inputs[index]
             assert x is not None
-            if facts.rows:
-                raise AccuQuantError(
-                    f"layer {name} has {len(facts.rows)} activation scales along the chain; such recipes run in "
-                    "simulation only so far: calibrate with one set (table = 1) to export"
-                )
+            assert not facts.rows, "step_table has not run"
             key = (id(x), facts)
             if key not in made:
                 made[key] = _pair(model, node, x, f"{name}.input{index}", facts)
@@ -47,28 +44,15 @@ def insert_qdq(model: ir.Model, recipe: Recipe) -> int:
 
 def _pair(model: ir.Model, before: ir.Node, x: ir.Value, name: str, facts: ActivationRecipe) -> ir.Value:
     container = np.int8 if facts.signed else np.uint8
-    scale = _scalar(model, f"{name}.scale", np.float32(facts.scale))
-    zero = _scalar(model, f"{name}.zero_point", container(facts.zero_point))
+    scale = constant(model, f"{name}.scale", np.float32(facts.scale))
+    zero = constant(model, f"{name}.zero_point", container(facts.zero_point))
     if facts.bits < 8:
         low = -(1 << (facts.bits - 1)) if facts.signed else 0
         high = low + (1 << facts.bits) - 1
         bounds = [
-            _scalar(model, f"{name}.{end}", np.float32((code - facts.zero_point) * facts.scale))
+            constant(model, f"{name}.{end}", np.float32((code - facts.zero_point) * facts.scale))
             for end, code in (("low", low), ("high", high))
         ]
-        x = _append(model, before, "Clip", [x, *bounds], f"{name}.clip")
-    codes = _append(model, before, "QuantizeLinear", [x, scale, zero], f"{name}.quantize")
-    return _append(model, before, "DequantizeLinear", [codes, scale, zero], f"{name}.dequantize")
-
-
-def _append(model: ir.Model, before: ir.Node, op: str, inputs: list[ir.Value], name: str) -> ir.Value:
-    node = ir.Node("", op, inputs, name=name)
-    node.outputs[0].name = f"{name}.output"
-    model.graph.insert_before(before, node)
-    return node.outputs[0]
-
-
-def _scalar(model: ir.Model, name: str, value: np.generic) -> ir.Value:
-    made = ir.val(name, const_value=ir.tensor(np.asarray(value), name=name))
-    model.graph.register_initializer(made)
-    return made
+        x = insert_before(model, before, "Clip", [x, *bounds], f"{name}.clip")
+    codes = insert_before(model, before, "QuantizeLinear", [x, scale, zero], f"{name}.quantize")
+    return insert_before(model, before, "DequantizeLinear", [codes, scale, zero], f"{name}.dequantize")

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from ...calibrate.recipe import Recipe
 from ..graph import operator_nodes
+from .insertion import constant, insert_before
 
 STEP = np.float32(16)
 
@@ -29,23 +30,14 @@ def requantize_int4(model: ir.Model, recipe: Recipe) -> int:
         scale = outer.inputs[1]
         assert scale is not None
         assert scale.const_value is not None
-        fine = ir.val(
-            f"{name}.weight.fine_scale",
-            const_value=ir.tensor(scale.const_value.numpy() / STEP, name=f"{name}.weight.fine_scale"),
+        values = scale.const_value.numpy() / STEP
+        fine = constant(model, f"{name}.weight.fine_scale", values)
+        zero = constant(model, f"{name}.weight.fine_zero", np.zeros(values.shape, np.int8))
+        axis, place = outer.attributes["axis"].as_int(), nodes[name]
+        inputs = [outer.outputs[0], fine, zero]
+        codes = insert_before(model, place, "QuantizeLinear", inputs, f"{name}.weight.requantize", axis=axis)
+        value = insert_before(
+            model, place, "DequantizeLinear", [codes, fine, zero], f"{name}.weight.fine_dequantize", axis=axis
         )
-        model.graph.register_initializer(fine)
-        zero = ir.val(
-            f"{name}.weight.fine_zero",
-            const_value=ir.tensor(np.zeros(scale.const_value.shape.numpy(), np.int8), name=f"{name}.weight.fine_zero"),
-        )
-        model.graph.register_initializer(zero)
-        axis = [ir.AttrInt64("axis", outer.attributes["axis"].as_int())]
-        quantize = ir.Node("", "QuantizeLinear", [outer.outputs[0], fine, zero], axis, name=f"{name}.weight.requantize")
-        quantize.outputs[0].name = f"{name}.weight.int8"
-        inner = ir.Node(
-            "", "DequantizeLinear", [quantize.outputs[0], fine, zero], axis, name=f"{name}.weight.fine_dequantize"
-        )
-        inner.outputs[0].name = f"{name}.weight.fine"
-        nodes[name].replace_input_with(1, inner.outputs[0])
-        model.graph.insert_before(nodes[name], [quantize, inner])
+        place.replace_input_with(1, value)
     return len(packed)

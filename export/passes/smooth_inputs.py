@@ -8,12 +8,12 @@ Requires: every layer of recipe.smoothings is a node of that name, with m over t
 Ensures: that node's first input is a Mul with a float constant.
 """
 
-import numpy as np
 import onnx_ir as ir
 
 from ...calibrate.recipe import Recipe
 from ...runtime.errors import AccuQuantError
 from ..graph import operator_nodes
+from .insertion import constant, insert_before
 
 
 def smooth_inputs(model: ir.Model, recipe: Recipe) -> int:
@@ -30,11 +30,7 @@ def smooth_inputs(model: ir.Model, recipe: Recipe) -> int:
         factor = smoothing.reciprocal().numpy()
         if node.op_type == "Conv":
             factor = factor.reshape(1, -1, 1, 1)
-        value = ir.tensor(np.ascontiguousarray(factor), name=f"{name}.smoothing")
-        constant = ir.val(value.name, const_value=value)
-        model.graph.register_initializer(constant)
-        divide = ir.Node("", "Mul", [node.inputs[0], constant], name=f"{name}.smooth")
-        divide.outputs[0].name = f"{name}.smooth.output"
-        model.graph.insert_before(node, divide)
-        node.replace_input_with(0, divide.outputs[0])
+        reciprocal = constant(model, f"{name}.smoothing", factor)
+        divided = insert_before(model, node, "Mul", [node.inputs[0], reciprocal], f"{name}.smooth")
+        node.replace_input_with(0, divided)
     return len(recipe.smoothings)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from ...calibrate.recipe import Recipe
 from ...runtime.errors import AccuQuantError
 from ..graph import operator_nodes
+from .insertion import constant, drop_unused, insert_behind, read_instead
 
 
 def split_shortcuts(model: ir.Model, recipe: Recipe) -> Recipe:
@@ -48,23 +49,16 @@ def _take_apart(model: ir.Model, node: ir.Node | None, name: str, second: str) -
     assert a.shape is not None
     width = int(a.shape[1])  # type: ignore[arg-type]
     values = weight.numpy()
-    parts = []
-    for part, end in ((values[:, :width], "first"), (values[:, width:], "second")):
-        constant = ir.val(f"{name}.weight.{end}", const_value=ir.tensor(part.copy(), name=f"{name}.weight.{end}"))
-        model.graph.register_initializer(constant)
-        parts.append(constant)
-    old = node.inputs[1]
+    old, product = node.inputs[1], node.outputs[0]
     node.replace_input_with(0, a)
-    node.replace_input_with(1, parts[0])
-    if old is not None and not old.uses() and old.name is not None and old.name in model.graph.initializers:
-        del model.graph.initializers[old.name]
-    other = ir.Node("", "Conv", [b, parts[1]], list(node.attributes.values()), name=second)
+    node.replace_input_with(1, constant(model, f"{name}.weight.first", values[:, :width]))
+    drop_unused(model, old)
+    rest = constant(model, f"{name}.weight.second", values[:, width:])
+    other = ir.Node("", "Conv", [b, rest], list(node.attributes.values()), name=second)
     other.outputs[0].name = f"{second}.output"
-    first_output = node.outputs[0]
-    consumers = list(first_output.uses())
-    add = ir.Node("", "Add", [first_output, other.outputs[0]], name=f"{name}.sum")
-    add.outputs[0].name = f"{name}.sum.output"
-    model.graph.insert_after(node, [other, add])
-    for usage in consumers:
-        usage.node.replace_input_with(usage.idx, add.outputs[0])
+    other.outputs[0].shape, other.outputs[0].type = product.shape, product.type
+    model.graph.insert_after(node, other)
+    readers = list(product.uses())
+    total = insert_behind(model, other, "Add", [product, other.outputs[0]], f"{name}.sum")
+    read_instead(model, product, total, readers)
     return width

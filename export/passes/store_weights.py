@@ -8,12 +8,12 @@ and untouched. Weights of up to 4 bits are stored as 4 bits where the recipe's c
 """
 
 import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 
 from ...calibrate.recipe import Recipe
 from ...runtime.errors import AccuQuantError
 from ..graph import operator_nodes
+from .insertion import constant, drop_unused, insert_before
 
 
 def store_weights(model: ir.Model, recipe: Recipe) -> int:
@@ -39,26 +39,11 @@ def store_weights(model: ir.Model, recipe: Recipe) -> int:
                 f"layer {name}: the recipe's weight is {integers.shape}, the graph's {tuple(weight.const_value.shape)}"
             )
         stored = integers.astype(ml_dtypes.int4) if recipe.container(name) == "int4" else integers
-        axis = 1 if transposed else 0
-        dequantize = ir.Node(
-            "",
-            "DequantizeLinear",
-            [
-                _constant(model, f"{name}.weight.codes", stored),
-                _constant(model, f"{name}.weight.scale", recipe.scales[name].numpy()),
-            ],
-            [ir.AttrInt64("axis", axis)],
-            name=f"{name}.weight.dequantize",
+        packed = constant(model, f"{name}.weight.codes", stored)
+        scale = constant(model, f"{name}.weight.scale", recipe.scales[name].numpy())
+        value = insert_before(
+            model, node, "DequantizeLinear", [packed, scale], f"{name}.weight.dequantize", axis=1 if transposed else 0
         )
-        model.graph.insert_before(node, dequantize)
-        node.replace_input_with(1, dequantize.outputs[0])
-        dequantize.outputs[0].name = f"{name}.weight.dequantized"
-        if not weight.uses() and weight.name is not None and weight.name in model.graph.initializers:
-            del model.graph.initializers[weight.name]
+        node.replace_input_with(1, value)
+        drop_unused(model, weight)
     return len(recipe.codes)
-
-
-def _constant(model: ir.Model, name: str, value: np.ndarray) -> ir.Value:
-    made = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(value), name=name))
-    model.graph.register_initializer(made)
-    return made

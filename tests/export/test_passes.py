@@ -6,12 +6,14 @@ import pytest
 import torch
 from accuquant.calibrate.families.ddim import role_of
 from accuquant.calibrate.initialise import initialise
-from accuquant.calibrate.layers import quantize_operators
+from accuquant.calibrate.layers import quantization, quantize_operators
 from accuquant.calibrate.recipe import freeze
 from accuquant.calibrate.scheme import QuantScheme
+from accuquant.calibrate.sharing import tabulate
 from accuquant.calibrate.splits import find_splits
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import simulate
+from accuquant.export.check_target import check_target
 from accuquant.export.graph import operator_nodes, save_graph, trace_float
 from accuquant.export.lower import lower
 from accuquant.export.passes.group_norm_affine import group_norm_affine
@@ -27,7 +29,7 @@ from accuquant.runtime.errors import AccuQuantError
 class Lowered:
     """The tiny U-Net with scales from data, its recipe and its float graph."""
 
-    def __init__(self, tiny, smoothing=0.0, **scheme):
+    def __init__(self, tiny, smoothing=0.0, table=1, **scheme):
         self.network = tiny.unet()
         plan = trace("ddim", tiny.NOISE_SCHEDULE, 4)
         self.teacher = simulate(self.network, plan, range(4), tiny.SHAPE)
@@ -35,6 +37,8 @@ class Lowered:
         self.scheme = QuantScheme(**scheme)
         splits = find_splits(self.network, tiny.SHAPE) if self.scheme.split else None
         self.operators = quantize_operators(self.network, self.scheme, role_of, splits)
+        if table > 1:
+            tabulate(self.network, self.operators, plan, table)
         initialise(self.network, self.operators, plan, self.teacher, "mse", smoothing=smoothing)
         self.recipe = freeze(self.operators, self.scheme, {})
         self.graph = trace_float(self.network, self.operators, tiny.SHAPE) if splits else tiny.float_graph()
@@ -153,6 +157,57 @@ def test_split_shortcuts_compute_what_the_simulation_computes(tiny, tmp_path, ta
     fp, simulation = made.torch_output(active=False), made.torch_output(active=True)
     assert sqnr(fp, out) == pytest.approx(sqnr(fp, simulation), abs=0.5)
     assert sqnr(simulation, out) > sqnr(fp, simulation) + 3
+
+
+@pytest.mark.parametrize(
+    ("target", "split", "bits"),
+    [("cpu", False, (8, 8)), ("cpu", True, (4, 6)), ("tensorrt", False, (4, 8)), ("tensorrt", True, (8, 8))],
+)
+def test_a_table_of_scales_is_looked_up_by_every_sample(tiny, tmp_path, target, split, bits):
+    """One call with samples at all four steps gives each what the simulation gives at its own step."""
+    made = Lowered(tiny, table=4, weight_bits=bits[0], activation_bits=bits[1], target=target, split=split)
+    assert len(made.recipe.facts.step_bounds) == 3
+    quantized, twin = lower(made.graph, made.recipe, target)
+    check_target(quantized, made.recipe.facts.operators, target)
+    assert not any(node.name and "scale_of_step" in node.name for node in twin.graph)
+    x = torch.stack([made.teacher.states[i, 0] for i in range(4)])
+    t = torch.tensor([step.timestep for step in made.plan.steps])
+    simulation = []
+    for i in range(4):
+        with torch.no_grad(), quantization(made.operators, active=True):
+            simulation.append(made.network(x[i : i + 1], t[i : i + 1])[0])
+    with torch.no_grad(), quantization(made.operators, active=False):
+        fp = np.stack([made.network(x[i : i + 1], t[i : i + 1])[0].numpy() for i in range(4)])
+    simulation = np.stack([s.numpy() for s in simulation])
+    save_graph(quantized, tmp_path / "q.onnx")
+    check_graph(tmp_path / "q.onnx")
+    engine = OnnxRuntimeEngine(tmp_path / "q.onnx", EngineOptions(batch=4), exact=True)
+    out = engine.run({"x": x.numpy(), "t": t.numpy()})
+    assert sqnr(fp, out) == pytest.approx(sqnr(fp, simulation), abs=0.5)
+    assert sqnr(simulation, out) > sqnr(fp, simulation) + 3
+    # A sample at another row's step is another call: the table is really used.
+    turned = engine.run({"x": x.numpy(), "t": t.numpy()[::-1].copy()})
+    assert sqnr(simulation, turned) < sqnr(simulation, out)
+
+
+def test_a_table_stays_in_integer_kernels(tiny, tmp_path):
+    from accuquant.runtime.inspection import INTEGER, operator_precisions
+
+    made = Lowered(tiny, table=4, weight_bits=4, activation_bits=8)
+    save_graph(lower(made.graph, made.recipe, "cpu")[0], tmp_path / "q.onnx")
+    engine = open_engine(tmp_path / "q.onnx", EngineOptions(batch=2), "openvino")
+    precisions = operator_precisions(engine, made.operators)
+    assert precisions.keys() == made.operators.keys()
+    assert set(precisions.values()) <= INTEGER
+
+
+def test_a_table_whose_layer_has_no_batch_axis_is_refused_by_name(tiny):
+    made = Lowered(tiny, table=2, weight_bits=8, activation_bits=8)
+    graph = copy(made.graph)
+    name = "mid.attn_1.q"
+    operator_nodes(graph)[name].inputs[0].shape = ir.Shape([16, 32, 4, 4])
+    with pytest.raises(AccuQuantError, match=rf"layer {name}: input 0 .*table = 1"):
+        lower(graph, made.recipe, "cpu")
 
 
 def test_a_convolution_in_two_parts_is_the_convolution(tiny, tmp_path):

@@ -11,6 +11,7 @@ from accuquant.calibrate.initialise import initialise
 from accuquant.calibrate.model import quantize
 from accuquant.calibrate.recipe import freeze
 from accuquant.calibrate.scheme import QuantScheme
+from accuquant.calibrate.sharing import tabulate
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import simulate
 from accuquant.export.graph import save_graph, trace_float
@@ -60,7 +61,7 @@ def reference_graph():
     return trace_float(model.network, operators, model.sample_shape)
 
 
-def lowered(model, folder, graph=None, **scheme):
+def lowered(model, folder, graph=None, table=1, **scheme):
     """Both graphs of a model with plausible ranges, on disk; and the operators that must become integer kernels.
 
     `graph` is the model's exported one, if it was exported before.
@@ -68,6 +69,8 @@ def lowered(model, folder, graph=None, **scheme):
     chosen = QuantScheme(target="tensorrt", **scheme)
     operators = quantize(model, chosen)
     plan = trace(model.default_sampler, model.noise_schedule, 4)
+    if table > 1:
+        tabulate(model.network, operators, plan, table)
     initialise(model.network, operators, plan, simulate(model.network, plan, range(2), model.sample_shape), "min-max")
     graph = graph or trace_float(model.network, operators, model.sample_shape)
     graphs = lower(graph, freeze(operators, chosen, {}), "tensorrt")
@@ -82,9 +85,9 @@ def lowered(model, folder, graph=None, **scheme):
         {"weight_bits": 8, "activation_bits": 8},
         {"weight_bits": 4, "activation_bits": 8},
         {"weight_bits": 4, "activation_bits": 8, "container": "int8"},
-        {"weight_bits": 4, "activation_bits": 6, "policy": "uniform", "split": True},
+        {"weight_bits": 4, "activation_bits": 6, "policy": "uniform", "split": True, "table": 3},
     ],
-    ids=["w8a8", "w4a8", "w4a8-int8-containers", "w4a6-uniform-split"],
+    ids=["w8a8", "w4a8", "w4a8-int8-containers", "w4a6-uniform-split-table"],
 )
 def test_every_operator_of_every_form_is_an_integer_kernel(rtx, scheme, tiny, tiny_checkpoint, tmp_path):
     exported = None if scheme.get("split") else tiny.float_graph()

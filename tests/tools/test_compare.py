@@ -94,17 +94,23 @@ def test_a_comparison_from_checkpoint_to_table(tiny, tmp_path):
     for plot in ("methods-w4a8.drift", "methods-w4a8.single", "methods-w8a8.quality", "methods"):
         assert (tmp_path / f"{plot}.svg").read_text().startswith("<?xml")
 
-    arguments[arguments.index("multi-step,block-wise,mse")] = "mse,percentile"
+    # The first three are known, one of them under another sweep's name, and only the fourth is run.
+    arguments[arguments.index("multi-step,block-wise,mse")] = "mse,percentile,block-wise,multi-step"
     arguments[arguments.index("4/8,8/8")] = "4/8"
     again = run(*arguments, "--resume")
     assert again.returncode == 0, again.stderr
     longer = json.loads((tmp_path / "methods-w4a8.json").read_text())
     assert [row["method"] for row in longer["rows"]] == ["percentile", "mse", "block-wise", "multi-step"]
     assert longer["rows"][1:] == report["rows"]
+    arguments[arguments.index("mse,percentile,block-wise,multi-step")] = "M = 5"
+    swept = run(*arguments, "--resume", "--sweep", "m")
+    assert swept.returncode == 0, swept.stderr
+    (row,) = json.loads((tmp_path / "m-w4a8.json").read_text())["rows"]
+    assert row == report["rows"][2] | {"method": "M = 5"}
     arguments[arguments.index("--n") + 1] = 5
-    other = run(*arguments, "--resume")
-    assert other.returncode == 1
-    assert "was measured with another n, seeds" in other.stderr + other.stdout
+    other = run(*arguments, "--resume", "--sweep", "m")
+    assert other.returncode == 0, other.stderr
+    assert json.loads((tmp_path / "m-w4a8.json").read_text())["rows"][0] != row  # of other seeds, so measured anew
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,57 @@
+"""Putting constants and nodes into a graph; what every rewrite does."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+LIKE_THEIR_INPUT = frozenset({"Add", "Clip", "Div", "Mul"})  # in shape and type
+
+
+def constant(model: ir.Model, name: str, value: np.ndarray | np.generic) -> ir.Value:
+    """An initializer of the graph."""
+    made = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(value).reshape(np.shape(value)), name=name))
+    model.graph.register_initializer(made)
+    return made
+
+
+def drop_unused(model: ir.Model, value: ir.Value | None) -> None:
+    """Remove an initializer that nothing reads any more."""
+    if value is not None and value.name is not None and not value.uses() and value.name in model.graph.initializers:
+        del model.graph.initializers[value.name]
+
+
+def insert_before(
+    model: ir.Model, place: ir.Node, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: int
+) -> ir.Value:
+    """The output of a new node in front of `place`."""
+    node = _node(op, inputs, name, attributes)
+    model.graph.insert_before(place, node)
+    return node.outputs[0]
+
+
+def insert_behind(
+    model: ir.Model, place: ir.Node, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: int
+) -> ir.Value:
+    """The output of a new node behind `place`."""
+    node = _node(op, inputs, name, attributes)
+    model.graph.insert_after(place, node)
+    return node.outputs[0]
+
+
+def read_instead(model: ir.Model, old: ir.Value, new: ir.Value, readers: Sequence[tuple[ir.Node, int]]) -> None:
+    """Let `readers` of `old`, and the graph's output if it is one, have `new`; an output keeps its name."""
+    for node, index in readers:
+        node.replace_input_with(index, new)
+    for place, output in enumerate(model.graph.outputs):
+        if output is old:
+            old.name, new.name = f"{old.name}.before", old.name
+            model.graph.outputs[place] = new
+
+
+def _node(op: str, inputs: Sequence[ir.Value | None], name: str, attributes: dict[str, int]) -> ir.Node:
+    node = ir.Node("", op, inputs, [ir.AttrInt64(k, v) for k, v in attributes.items()], name=name)
+    node.outputs[0].name = f"{name}.output"
+    if op in LIKE_THEIR_INPUT and inputs[0] is not None:
+        node.outputs[0].shape, node.outputs[0].type = inputs[0].shape, inputs[0].type
+    return node
