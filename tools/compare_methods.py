@@ -40,7 +40,7 @@ def methods(spec: CalibrationSpec) -> list[Entry]:
     made = [
         Entry("min-max", changed(spec, **NOTHING, initialisation="min-max")),
         Entry("percentile", changed(spec, **NOTHING, initialisation="percentile")),
-        Entry("mse", changed(spec, **NOTHING)),
+        Entry("mse", changed(spec, **NOTHING, initialisation="mse")),
         Entry("smoothquant", changed(spec, **NOTHING, initialisation="min-max", smoothing=0.5)),
         Entry("block-wise", changed(spec, batch=16, warmup=0), "block-wise"),
         Entry("per-step", changed(spec, **PER_STEP)),
