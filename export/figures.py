@@ -23,6 +23,8 @@ SIZE = (4.7, 2.9)  # inches; small, so that the text stays readable when a phone
 SHEET_PIXELS = 700  # width of a sheet: twice what the page gives it, for dense screens
 MOST_COLUMNS, MOST_PIXELS = 8, 1024  # before enlarging; large pictures are shown in smaller number instead of shrunk
 
+FEW_POINTS, FEW_SERIES = 20, 4  # up to which points are marked, and a legend finds room inside
+
 # A fixed salt gives the same facts the same bytes.
 STYLE: dict[Any, Any] = {"svg.hashsalt": "accuquant", "svg.fonttype": "path"}
 
@@ -118,7 +120,8 @@ def lines(
     """Several named curves, each as (xs, ys), in the house style; `log` names the axes that are logarithmic."""
     figure, axes = _axes(title, x, y)
     for (name, (xs, ys)), colour in zip(series.items(), itertools.cycle(SERIES)):
-        axes.plot(xs, ys, color=colour, linewidth=1.8, marker="o", markersize=4, label=name)
+        marker = "o" if len(xs) <= FEW_POINTS else None
+        axes.plot(xs, ys, color=colour, linewidth=1.8, marker=marker, markersize=4, label=name)
     if "x" in log:
         axes.set_xscale("log", base=2)
         ticks = sorted({v for xs, _ in series.values() for v in xs})
@@ -128,7 +131,11 @@ def lines(
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
-    _legend(axes)
+    if len(series) <= FEW_SERIES:
+        _legend(axes)
+    else:  # they would lie on the curves
+        figure.set_size_inches(SIZE[0] + 1.5, SIZE[1])
+        figure.legend(loc="outside right center", frameon=False, fontsize=9.5, labelcolor=INK, handlelength=1.4)
     return figure
 
 

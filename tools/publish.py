@@ -25,7 +25,8 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def machine(facts: dict[str, str]) -> str:
-    return f"{facts['cpu']}, {facts['cores']} cores ({facts['instructions']}), {facts['memory']}"
+    cores = "1 core" if facts["cores"] == "1" else f"{facts['cores']} cores"
+    return f"{facts['cpu']}, {cores} ({facts['instructions']}), {facts['memory']}"
 
 
 def methods_table(report: dict[str, Any]) -> str:
@@ -102,6 +103,17 @@ def readme_results() -> str:
     ]
     for path in sorted(RESULTS.glob("methods-*.json")):
         parts += [methods_table(json.loads(path.read_text())), ""]
+    if (RESULTS / "methods.svg").exists():
+        parts += ["![quality by method and bits](tools/results/methods.svg)", ""]
+    for path in sorted(RESULTS.glob("methods-*.drift.svg")):
+        drift = path.relative_to(ROOT)
+        single = str(drift).replace(".drift.", ".single.")
+        parts += [
+            "| accumulated | alone |",
+            "|---|---|",
+            f"| ![error along the chain by method]({drift}) | ![error of single steps by method]({single}) |",
+            "",
+        ]
     for path in sorted(RESULTS.glob("bench-*.json")):
         parts += [bench_table(json.loads(path.read_text())), ""]
     for path in sorted(RESULTS.glob("cost-*.json")):
