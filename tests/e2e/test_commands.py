@@ -1,5 +1,6 @@
 """The three commands as a person runs them: what they print, what they leave, how they fail."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,18 +8,19 @@ import sys
 
 import pytest
 
+MODULES = {
+    "accuquant-export": "accuquant.export.cli",
+    "accuquant-sample": "accuquant.runtime.cli_sample",
+    "accuquant-bench": "accuquant.runtime.cli_bench",
+}
+
 
 def run(name, *arguments, cwd, **environment):
-    module = {
-        "accuquant-export": "accuquant.export.cli",
-        "accuquant-sample": "accuquant.runtime.cli_sample",
-        "accuquant-bench": "accuquant.runtime.cli_bench",
-    }[name]
     return subprocess.run(
         [
             sys.executable,
             "-c",
-            f"import sys; sys.argv[0] = {name!r}; from {module} import main; main()",
+            f"import sys; sys.argv[0] = {name!r}; from {MODULES[name]} import main; main()",
             *map(str, arguments),
         ],
         capture_output=True,
@@ -58,27 +60,29 @@ def test_export_says_what_it_found_and_what_it_made(exported):
 
 
 def test_another_export_of_the_checkpoint_follows_the_same_teacher_without_running_it(exported):
-    """Other bits, the same sampler: no trajectory is simulated again. Other steps: they are."""
     folder, _ = exported
     kept = sorted((folder / "cache").iterdir())
     assert len(kept) == 2
-    common = ["tiny.ckpt", "--preset", "smoke", "--pictures", 4]
-    done = run("accuquant-export", *common, "--bits", "8/8", "--steps", 5, cwd=folder)
+    done = run(
+        "accuquant-export", "tiny.ckpt", "--bits", "8/8", "--preset", "smoke", "--steps", 5, "--pictures", 4, cwd=folder
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "trajectories" not in done.stdout.replace("of 8 trajectories each", "")
-    assert sorted((folder / "cache").iterdir()) == kept
-    done = run("accuquant-export", *common, "--bits", "8/8", "--steps", 4, "--cache-gib", 0, cwd=folder)
-    assert "teacher trajectories ..." in done.stdout
     assert sorted((folder / "cache").iterdir()) == kept
 
 
 def test_calibration_settings_are_reached_by_name(exported):
+    """And a cache of no size keeps nothing of the trajectories that other steps need."""
     folder, _ = exported
+    kept = sorted((folder / "cache").iterdir())
     done = run(
-        "accuquant-export", "tiny.ckpt", "--bits", "4/8", "--preset", "smoke", "--steps", 5, "--pictures", 4,
-        "--out", "other", "--split", "--set", "gradient=injected-v", "--set", "bias_rate=1e-3", cwd=folder,
+        "accuquant-export", "tiny.ckpt", "--bits", "4/8", "--preset", "smoke", "--steps", 4, "--pictures", 4,
+        "--out", "other", "--split", "--set", "gradient=injected-v", "--set", "bias_rate=1e-3", "--cache-gib", 0,
+        cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "teacher trajectories ..." in done.stdout
+    assert sorted((folder / "cache").iterdir()) == kept
     assert "injected-v gradient" in done.stdout
     manifest = json.loads((folder / "other" / "manifest.json").read_text())
     assert manifest["provenance"]["calibration"]["bias_rate"] == 1e-3
@@ -131,17 +135,21 @@ def mistakes(folder):
     ]
 
 
-def test_mistakes_are_one_sentence(exported):
+def test_mistakes_are_one_sentence(exported, monkeypatch, capsys):
     """One clear sentence, exit code 1, no traceback, and no new file."""
     folder, _ = exported
     cases = mistakes(folder)
     before = sorted(p.name for p in folder.iterdir())
+    monkeypatch.chdir(folder)
     for (name, *arguments), sentence in cases:
-        done = run(name, *arguments, cwd=folder)
-        assert done.returncode == 1, (arguments, done.stdout, done.stderr)
-        assert sentence in done.stderr, (sentence, done.stderr)
-        assert done.stderr.startswith("error:")
-        assert "Traceback" not in done.stderr
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            importlib.import_module(MODULES[name]).main()
+        stderr = capsys.readouterr().err
+        assert stopped.value.code == 1, (arguments, stderr)
+        assert sentence in stderr, (sentence, stderr)
+        assert stderr.startswith("error:")
+        assert "Traceback" not in stderr
     assert sorted(p.name for p in folder.iterdir()) == before
 
 

@@ -7,6 +7,7 @@ pictures that no calibration saw. The full measurement is `tools/compare_methods
 from pathlib import Path
 
 import pytest
+from accuquant.calibrate.cache import TrajectoryCache
 from accuquant.calibrate.families import load_model
 from accuquant.calibrate.scheme import QuantScheme
 from accuquant.calibrate.spec import PRESETS, CalibrationSpec
@@ -23,15 +24,21 @@ def test_checkpoint_is_recognised_and_small():
     assert CHECKPOINT.stat().st_size < 10e6
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return TrajectoryCache(tmp_path_factory.mktemp("teacher"), 1 << 30)
+
+
 @pytest.fixture(scope="module", params=[(8, 8), (4, 8)], ids=["w8a8", "w4a8"])
-def result(request, tmp_path_factory):
+def result(request, teacher, tmp_path_factory):
     weight_bits, activation_bits = request.param
     asked = Request(
         checkpoint=CHECKPOINT,
         out=tmp_path_factory.mktemp("reference") / "bundle",
         scheme=QuantScheme(weight_bits=weight_bits, activation_bits=activation_bits),
         spec=CalibrationSpec(**PRESETS["smoke"]),
-        pictures=16,
+        pictures=8,
+        cache=teacher,
     )
     return build(asked, prepare(asked), lambda *_: None)
 
