@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.plan import SamplingPlan
+from .gptq import compensate
 from .initialise import initialise
 from .layers import QuantizedOperator, fast_compute, quantization
 from .rounding import annealed_beta, training_codes
@@ -41,6 +42,8 @@ def reconstruct(
     `block_of` names the module that an operator is reconstructed with, the operator itself if it stands alone.
     """
     initialise(network, operators, plan, teacher, spec.initialisation, smoothing=spec.smoothing)
+    if spec.compensate:
+        compensate(network, operators, plan, teacher)
     blocks: dict[str, dict[str, QuantizedOperator]] = {}
     for name, operator in operators.items():
         blocks.setdefault(block_of(name), {})[name] = operator

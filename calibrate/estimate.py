@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.plan import SamplingPlan
+from . import gptq
 from .layers import QuantizedOperator, fast_compute, quantization
 from .multistep import cut, graph_bytes
 from .spec import CalibrationSpec
@@ -44,13 +45,15 @@ def estimate(
     def timed(x: Tensor, active: bool, differentiate: bool) -> float:
         compute = fast_compute(device) if differentiate and spec.compute == "auto" else torch.float32
         with quantization(operators, active, compute), torch.set_grad_enabled(differentiate):
-            begun = time.perf_counter()
-            out = call(network, plan, 0, x, given(len(x)))
-            if differentiate:
-                out.square().mean().backward()
-            return time.perf_counter() - begun
+            taken = []
+            for _ in range(2):  # the first call of a kind compiles and allocates
+                begun = time.perf_counter()
+                out = call(network, plan, 0, x, given(len(x)))
+                if differentiate:
+                    out.square().mean().backward()
+                taken.append(time.perf_counter() - begun)
+            return min(taken)
 
-    timed(many, False, False)  # first-call allocations
     plain, judged = timed(many, False, False) / len(many), timed(many, True, False) / len(many)
     quantized, both = timed(x, True, False), timed(x, True, True)
     for parameter in network.parameters():
@@ -65,7 +68,8 @@ def estimate(
     teacher = (spec.trajectories + spec.held_out) * rows * plain
     judgements = spec.checks + 3 if spec.total else 1  # the first, and every group by itself before and after
     judging = judgements * spec.held_out * rows * judged
+    rounding = gptq.seconds(operators, device) + gptq.CALLS * plain if spec.compensate else 0.0
     learning = spec.warmup * both + spec.iterations * ((per_group - kept) * quantized + per_group * both)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     # Rounding variables, their gradient and two moments: four more numbers for every weight.
-    return Estimate(teacher + judging + learning, 6 * weights + int(kept * graph))
+    return Estimate(teacher + rounding + judging + learning, 6 * weights + int(kept * graph))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..runtime.plan import SamplingPlan
 from .batches import Batches
 from .carry import carry
+from .gptq import compensate
 from .guard import GroupGain, activation_state, fall_back, group_errors
 from .initialise import initialise
 from .journal import Journal, Snapshot, pack_optimizer, unpack_optimizer
@@ -76,6 +77,8 @@ def calibrate(
         network, operators, plan, teacher, spec.initialisation, lambda d, t: tell("ranges", d, t),
         smoothing=spec.smoothing,
     )  # fmt: skip
+    if spec.compensate:
+        compensate(network, operators, plan, teacher, lambda d, t: tell("rounding", d, t))
     learner = _Learner(network, operators, plan, teacher, spec)
     outcome = Outcome()
     start, norm = 0, 0.0

@@ -9,7 +9,8 @@ For a weight w with per-output-channel scale s, on the signed symmetric grid:
 
 AdaRound trains on soft weights and hardens them slowly: exact at the end, but it wants thousands of iterations. The
 offset form trains on the very integers that will be deployed, which suits a budget of hundreds. Both choose between
-the two neighbours of w / s, and both start at rounding to nearest.
+the two neighbours of w / s, and both start at rounding to nearest - of the layer's weight, or of what gptq.py puts in
+its place.
 
 The scale can be learned too, as s = s_0 exp(g) with one g per output channel; its gradient is LSQ's, through the codes
 (straight through the rounding) and through the product. AdaRound keeps the neighbours its scale gave it: its codes have
@@ -40,6 +41,7 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.grid = grid
         self.rounding: Rounding = "nearest"
+        self.compensated = False
         self.register_buffer("weight", weight.detach())  # the layer's own, which nobody writes to
         self.register_buffer("start", torch.ones(weight.shape[0], *[1] * (weight.ndim - 1)))
         self.choice: nn.Parameter | None = None
@@ -56,6 +58,10 @@ class WeightQuantizer(nn.Module):
         self.start.copy_(scale)
         self.gain = None
 
+    def compensate(self, weight: Tensor) -> None:
+        """Round `weight` from now on: the layer's own and what makes up for the rounding of its other entries."""
+        self.weight, self.compensated = weight, True
+
     def learn(self, rounding: Rounding, scale: bool = False) -> None:
         """Attach the variables that are learned: AdaRound's v or the offset d, one per weight; g, one per channel."""
         self.rounding = rounding
@@ -69,6 +75,8 @@ class WeightQuantizer(nn.Module):
             start = torch.zeros_like(v)
         else:
             fraction = (v - v.floor()).clamp(1e-4, 1 - 1e-4)
+            if self.compensated:  # only the rounded weight resembles the layer's own
+                fraction = 0.1 + 0.8 * (fraction > 0.5)
             start = -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
         self.choice = nn.Parameter(start)
 

@@ -23,6 +23,7 @@ class CalibrationSpec(BaseModel):
 
     initialisation: Initialisation = "mse"
     smoothing: float = Field(0.0, ge=0, le=1, description="SmoothQuant's alpha for linear layers; 0 does without")
+    compensate: bool = Field(True, description="rounding starts where later columns make up for earlier ones (GPTQ)")
     group: int = Field(5, ge=1, description="M, the sampling steps that are simulated before the loss is taken")
     grouping: Grouping = Field("count", description="groups of equal count, or of equal angle between signal and noise")
     gradient: Gradient = "exact"

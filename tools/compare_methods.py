@@ -1,6 +1,6 @@
 """Calibration methods side by side: same checkpoint, grids, layer policy, trajectories, budget and seeds.
 
-    methods     min-max, percentile, mse, SmoothQuant (nothing learned); block-wise reconstruction; per-step; multi-step
+    methods     min-max, percentile, mse, SmoothQuant, GPTQ (nothing learned); block-wise; per-step; multi-step
     m           groups of M = 1 .. the whole chain
     gradient    exact, and the injected forms
     start       groups that start from the teacher or where the student is, and what they must end in
@@ -32,7 +32,7 @@ from contest import DRIFT_SEEDS, Arena, Entry, cost, within
 from draw_comparison import draw, draw_by_bits
 from rich.table import Table
 
-NOTHING: Mapping[str, Any] = {"iterations": 0, "warmup": 0, "rounding": "nearest"}
+NOTHING: Mapping[str, Any] = {"iterations": 0, "warmup": 0, "rounding": "nearest", "compensate": False}
 PER_STEP: Mapping[str, Any] = {"group": 1, "warmup": 0, "start": "teacher", "gradient": "exact"}
 
 
@@ -42,7 +42,9 @@ def methods(spec: CalibrationSpec) -> list[Entry]:
         Entry("percentile", changed(spec, **NOTHING, initialisation="percentile")),
         Entry("mse", changed(spec, **NOTHING, initialisation="mse")),
         Entry("smoothquant", changed(spec, **NOTHING, initialisation="min-max", smoothing=0.5)),
-        Entry("block-wise", changed(spec, batch=16, warmup=0), "block-wise"),
+        Entry("gptq", changed(spec, **NOTHING | {"compensate": True})),
+        Entry("block-wise", changed(spec, batch=16, warmup=0, compensate=False), "block-wise"),
+        Entry("block-wise from gptq", changed(spec, batch=16, warmup=0), "block-wise"),
         Entry("per-step", changed(spec, **PER_STEP)),
         Entry("multi-step", spec),
     ]

@@ -42,7 +42,7 @@ def stop_after(iteration: int):
         ({}, 6),  # right after one
         ({"rounding": "adaround", "gradient": "injected-a"}, 5),
         ({"rounding": "nearest", "gradient": "injected-1"}, 3),
-        ({"sampler": "plms"}, 3),
+        ({"sampler": "plms", "compensate": True}, 3),
         ({"sampler": "ddim-eta1", "group": 4}, 7),
         ({"start": "student", "sampler": "plms", "aim": "local", "warmup": 3, "between": 0.2, "iterations": 9}, 7),
         ({"start": "student", "grouping": "angle", "gradient": "measured", "iterations": 12}, 9),
