@@ -30,11 +30,13 @@ from ..calibrate.trace import trace
 from ..calibrate.trajectory import Trajectory, simulate
 from ..runtime.bundle import Bundle, Manifest, OperatorFacts, describe, save_manifest
 from ..runtime.console import machine_facts
+from ..runtime.engines import open_engine
 from ..runtime.errors import AccuQuantError
 from ..runtime.files import atomic_folder, sha256
 from ..runtime.plan import SamplingPlan
 from .check_target import check_target
 from .graph import save_graph, trace_float
+from .layer_parity import check_layers, layer_parity
 from .lower import lower
 from .measure import Comparison, compare_twins
 from .report import DriftPoint, LayerRow, ReportFacts, write_report
@@ -137,6 +139,7 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         for name in ("denoiser.onnx", "twin.onnx"):
             check_graph(folder / name)
         show("export", 2, 3, "")
+        alike = _compare_layers(folder / "denoiser.onnx", request, operators, plan, judge)
         parity = check_parity(folder / "denoiser.onnx", folder / "twin.onnx", model.network, operators, plan, judge)
         show("export", 3, 3, "")
         times["export"] = time.perf_counter() - begun
@@ -146,7 +149,7 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
             bundle, request.pictures, 0, lambda done, total: show("comparing twins", done, total, "")
         )
         times["fp sampling"], times["int sampling"] = comparison.seconds["twin"], comparison.seconds["denoiser"]
-        _write_report(folder, request, prepared, recipe, outcome, comparison, times)
+        _write_report(folder, request, prepared, recipe, outcome, comparison, alike, times)
     shutil.rmtree(work, ignore_errors=True)
     return Result(Bundle(request.out), outcome, comparison, request.out / "report" / "index.html")
 
@@ -192,6 +195,22 @@ def _trajectories(
         runs.save(path)
         found.append(runs)
     return found[0], found[1]
+
+
+def _compare_layers(
+    path: Path,
+    request: Request,
+    operators: dict[str, QuantizedOperator],
+    plan: SamplingPlan,
+    judge: Trajectory,
+) -> dict[str, dict[str, float]]:
+    """Every layer alone against its simulation: as the standard defines it and, where this machine can, as it runs."""
+    alike = {"reference": layer_parity(path, operators, plan, judge), "engine": {}}
+    check_layers(alike["reference"], "the graph")
+    if request.scheme.target == "cpu":
+        alike["engine"] = layer_parity(path, operators, plan, judge, open_engine)
+        check_layers(alike["engine"], "this machine's engine")
+    return alike
 
 
 def _provenance(request: Request, outcome: Outcome) -> dict[str, Any]:
@@ -264,6 +283,7 @@ def _write_report(
     recipe: Recipe,
     outcome: Outcome,
     comparison: Comparison,
+    alike: dict[str, dict[str, float]],
     times: dict[str, float],
 ) -> None:
     manifest = Bundle(folder).manifest
@@ -278,6 +298,8 @@ def _write_report(
             parameters=facts.parameters,
             stored_bytes=facts.stored_bytes,
             runs_as=comparison.runs_as.get(name, "not inspected"),
+            reference_db=alike["reference"].get(name),
+            engine_db=alike["engine"].get(name),
         )
         for name, facts in manifest.operators.items()
     ]

@@ -1,7 +1,7 @@
 """What every engine is: a compiled graph of fixed batch that maps named arrays to one array."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,15 @@ class Engine(ABC):
         Raises:
             AccuQuantError: names, dtypes or shapes are not the engine's.
         """
+        self._check(inputs)
+        return self._infer(inputs)[0]
+
+    def run_all(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Like `run`, of a graph with several outputs: all of them in the graph's order, as copies."""
+        self._check(inputs)
+        return [np.array(output) for output in self._infer(inputs)]
+
+    def _check(self, inputs: Mapping[str, np.ndarray]) -> None:
         if inputs.keys() != {port.name for port in self.inputs}:
             expected = ", ".join(port.name for port in self.inputs)
             raise AccuQuantError(f"{self.path.name} takes {expected}; got {', '.join(inputs) or 'nothing'}")
@@ -65,10 +74,9 @@ class Engine(ABC):
                     f"{self.path.name}: input {port.name} is {given.dtype} {given.shape}, "
                     f"this engine was compiled for {port.dtype} {port.shape}"
                 )
-        return self._infer(inputs)
 
     @abstractmethod
-    def _infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray: ...
+    def _infer(self, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]: ...
 
     @abstractmethod
     def kernels(self) -> list[Kernel]:

@@ -35,8 +35,8 @@ class OnnxRuntimeEngine(Engine):
         self.inputs = tuple(_port(p, options.batch) for p in self._session.get_inputs())
         self.outputs = tuple(_port(p, options.batch) for p in self._session.get_outputs())
 
-    def _infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        return self._session.run(None, dict(inputs))[0]  # type: ignore[no-any-return]
+    def _infer(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        return self._session.run(None, dict(inputs))  # type: ignore[no-any-return]
 
     def kernels(self) -> list[Kernel]:
         return []

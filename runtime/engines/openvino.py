@@ -45,11 +45,11 @@ class OpenVINOEngine(Engine):
         for port, raw in zip(self.inputs, self._compiled.inputs, strict=True):
             self._request.set_tensor(raw, ov.Tensor(self._buffers[port.name], shared_memory=True))
 
-    def _infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    def _infer(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         for name, value in inputs.items():
             np.copyto(self._buffers[name], value)
         self._request.infer()
-        return self._request.get_output_tensor(0).data  # type: ignore[no-any-return]
+        return [self._request.get_output_tensor(n).data for n in range(len(self.outputs))]
 
     def kernels(self) -> list[Kernel]:
         found = []

@@ -120,6 +120,15 @@ def test_the_page_says_what_the_facts_say(written):
     assert "Example &lt;1&gt;" in page
 
 
+def test_the_least_faithful_layer_is_told(written):
+    page = written(
+        layers=[layer("a", reference_db=131.2, engine_db=70.4), layer("b", reference_db=118.0, engine_db=88.0)]
+    )
+    assert "the graph computes every one to at least <b>118 dB</b> and the engine" in page
+    assert "to at least <b>70 dB</b> of what calibration simulated" in page
+    assert "of what calibration simulated" not in written()
+
+
 def test_a_larger_graph_is_called_larger(written):
     assert "2.00&times; larger" in written(sizes={"fp32 graph": 1000, "quantized graph": 2000})
 
