@@ -1,13 +1,15 @@
 """`accuquant-bench BUNDLE`: the fp twin and the int engine, measured against each other in one run.
 
-Steps of both are interleaved, so that whatever else the machine does falls on both alike; a ratio is printed only
-because both sides were measured in the same run. Medians and the 10th to 90th percentile, with n.
+Where the machine computes in bfloat16, both are measured in it too: that is the speed-up that integers have to beat.
+Steps of all sides are interleaved, so that whatever else the machine does falls on all alike; a ratio is printed only
+because its sides were measured in the same run. Medians and the 10th to 90th percentile, with n.
 """
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
@@ -16,11 +18,27 @@ from rich.table import Table
 from . import noise
 from .bundle import Bundle, NetworkName
 from .console import bar, command, console, machine_facts
+from .engines import rests
+from .engines.base import Rest
 from .errors import AccuQuantError
 from .files import write_text
 from .pipeline import Pipeline
 
-SIDES: tuple[NetworkName, NetworkName] = ("twin", "denoiser")
+
+class Side(NamedTuple):
+    """One of the things compared: a network of the bundle and what it computes in besides integers."""
+
+    name: str
+    network: NetworkName
+    rest: Rest
+
+
+def sides_of(bundle: Bundle, engine: str) -> list[Side]:
+    """fp32 first, that all others are compared with."""
+    short = {"float32": "fp32", "bfloat16": "bf16"}
+    twins = [Side(short[rest], "twin", rest) for rest in rests(engine)]
+    scheme = bundle.manifest.scheme
+    return [*twins, *(Side(f"{scheme}, {short[rest]} rest", "denoiser", rest) for rest in rests(engine))]
 
 
 def bench(
@@ -33,25 +51,26 @@ def bench(
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("bench.json"),
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Measure step latency and whole-sample time of fp32 and int8, interleaved."""
+    """Measure step latency and whole-sample time of the fp twin and the int engine, interleaved."""
     sizes = _sizes(batch)
     opened = Bundle(bundle)
+    sides = sides_of(opened, engine)
     results = []
     with bar() as show:
         for size in sizes:
-            results.append(
-                measure(
-                    opened, size, repeats, samples, threads, engine, lambda d, t, s=size: show(f"batch {s}", d, t, "")
-                )
-            )
+
+            def progress(done: int, total: int, size: int = size) -> None:
+                show(f"batch {size}", done, total, "")
+
+            results.append(measure(opened, sides, size, repeats, samples, threads, engine, progress))
     report = {
-        "schema_version": 1,
+        "schema_version": 2,
         "scheme": opened.manifest.scheme,
         "sampler": opened.manifest.sampler,
         "network_calls": len(opened.plan),
         "threads": threads or "all",
         "machine": machine_facts(),
-        "bytes": {side: opened.weight_bytes(side) for side in SIDES},
+        "bytes": {side: opened.weight_bytes(side) for side in ("twin", "denoiser")},
         "results": results,
     }
     write_text(out, json.dumps(report, indent=1) + "\n")
@@ -64,45 +83,62 @@ def bench(
 
 
 def measure(
-    bundle: Bundle, batch: int, repeats: int, samples: int, threads: int, engine: str, progress: Any
+    bundle: Bundle,
+    sides: Sequence[Side],
+    batch: int,
+    repeats: int,
+    samples: int,
+    threads: int,
+    engine: str,
+    progress: Any,
 ) -> dict[str, Any]:
-    """Seconds per network step and per sampling run of both sides at one batch size, and the loop's own share."""
-    pipelines = {side: Pipeline(bundle, network=side, engine=engine, batch=batch, threads=threads) for side in SIDES}
+    """Seconds per network step and per sampling run of every side at one batch size, and ratios to the first."""
+    pipelines = {
+        s.name: Pipeline(bundle, network=s.network, engine=engine, batch=batch, threads=threads, rest=s.rest)
+        for s in sides
+    }
     try:
         x = noise.batch(range(batch), -1, bundle.manifest.sample_shape)
         t = np.full(batch, bundle.plan.steps[0].timestep, np.float32)
-        steps: dict[str, list[float]] = {side: [] for side in SIDES}
-        runs: dict[str, list[float]] = {side: [] for side in SIDES}
+        steps: dict[str, list[float]] = {name: [] for name in pipelines}
+        runs: dict[str, list[float]] = {name: [] for name in pipelines}
         warm_up, total = 10, 10 + repeats + samples
         for i in range(warm_up + repeats):
-            for side in _alternating(i):
+            for name in _in_turn(list(pipelines), i):
                 begun = time.perf_counter()
-                pipelines[side].engine.run({"x": x, "t": t})
+                pipelines[name].engine.run({"x": x, "t": t})
                 if i >= warm_up:
-                    steps[side].append(time.perf_counter() - begun)
+                    steps[name].append(time.perf_counter() - begun)
             progress(i + 1, total)
         for i in range(samples):
-            for side in _alternating(i):
+            for name in _in_turn(list(pipelines), i):
                 begun = time.perf_counter()
-                pipelines[side].generate(range(batch))
-                runs[side].append(time.perf_counter() - begun)
+                pipelines[name].generate(range(batch))
+                runs[name].append(time.perf_counter() - begun)
             progress(warm_up + repeats + i + 1, total)
+        first = sides[0].name
         return {
             "batch": batch,
-            "engine": pipelines["denoiser"].engine.name,
-            "step_seconds": {side: _spread(v) for side, v in steps.items()},
-            "sample_seconds": {side: _spread(v) for side, v in runs.items()},
-            "step_speedup": float(np.median(steps["twin"]) / np.median(steps["denoiser"])),
-            "sample_speedup": float(np.median(runs["twin"]) / np.median(runs["denoiser"])),
+            "engine": pipelines[first].engine.name,
+            "sides": {
+                name: {
+                    "step_seconds": _spread(steps[name]),
+                    "sample_seconds": _spread(runs[name]),
+                    "step_speedup": float(np.median(steps[first]) / np.median(steps[name])),
+                    "sample_speedup": float(np.median(runs[first]) / np.median(runs[name])),
+                }
+                for name in pipelines
+            },
         }
     finally:
         for pipeline in pipelines.values():
             pipeline.close()
 
 
-def _alternating(i: int) -> tuple[NetworkName, ...]:
-    """Who goes first changes every time, so that neither always finds the other's caches."""
-    return SIDES if i % 2 == 0 else SIDES[::-1]
+def _in_turn(names: list[str], i: int) -> list[str]:
+    """Who goes first changes every time, so that no one always finds the same other's caches."""
+    turned = i % len(names)
+    return names[turned:] + names[:turned]
 
 
 def _spread(seconds: list[float]) -> dict[str, float]:
@@ -124,24 +160,21 @@ def _table(report: dict[str, Any]) -> Table:
     table = Table(
         title=f"{report['scheme']} against fp32, {report['sampler']}, {report['network_calls']} network calls"
     )
-    for column in ("batch", "fp32 step", "int step", "speed-up", "fp32 run", "int run", "speed-up", "int pictures/s"):
-        table.add_column(column, justify="right")
+    for column in ("batch", "", "step", "to fp32", "whole run", "to fp32", "pictures/s"):
+        table.add_column(column, justify="left" if not column else "right")
     for row in report["results"]:
-        step, run = row["step_seconds"], row["sample_seconds"]
-
-        def spread(v: dict[str, float]) -> str:
-            return f"{v['median'] * 1e3:.2f} ms [{v['p10'] * 1e3:.2f}..{v['p90'] * 1e3:.2f}]"
-
-        table.add_row(
-            str(row["batch"]),
-            spread(step["twin"]),
-            spread(step["denoiser"]),
-            f"{row['step_speedup']:.2f}x",
-            f"{run['twin']['median']:.2f} s",
-            f"{run['denoiser']['median']:.2f} s",
-            f"{row['sample_speedup']:.2f}x",
-            f"{row['batch'] / run['denoiser']['median']:.2f}",
-        )
+        for n, (name, side) in enumerate(row["sides"].items()):
+            step, run = side["step_seconds"], side["sample_seconds"]
+            table.add_row(
+                "" if n else str(row["batch"]),
+                name,
+                f"{step['median'] * 1e3:.2f} ms [{step['p10'] * 1e3:.2f}..{step['p90'] * 1e3:.2f}]",
+                f"{side['step_speedup']:.2f}x",
+                f"{run['median']:.2f} s",
+                f"{side['sample_speedup']:.2f}x",
+                f"{row['batch'] / run['median']:.2f}",
+                end_section=n == len(row["sides"]) - 1,
+            )
     return table
 
 

@@ -9,6 +9,7 @@ import typer
 
 from .bundle import Bundle, NetworkName
 from .console import bar, command, console, machine_facts
+from .engines.base import Rest
 from .errors import AccuQuantError
 from .files import atomic
 from .pictures import grid, to_uint8
@@ -24,6 +25,7 @@ def sample(
     ),
     fp: Annotated[bool, typer.Option("--fp", help="Run the full-precision twin instead.")] = False,
     engine: Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")] = "auto",
+    rest: Annotated[Rest, typer.Option(help="What is not integer; bfloat16 where the CPU has it.")] = "float32",
     batch: Annotated[int, typer.Option(min=1)] = 8,
     threads: Annotated[int, typer.Option(min=0, help="0: all cores.")] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
@@ -33,9 +35,10 @@ def sample(
         raise AccuQuantError(f"--out {out}: write .png (one grid), .npy (raw latents) or a folder name")
     opened = Bundle(bundle)
     network: NetworkName = "twin" if fp else "denoiser"
-    with Pipeline(opened, network=network, engine=engine, batch=min(batch, n), threads=threads) as pipeline:
+    size = min(batch, n)
+    with Pipeline(opened, network=network, engine=engine, batch=size, threads=threads, rest=rest) as pipeline:
         manifest, steps = opened.manifest, len(opened.plan)
-        precision = "fp32" if fp else manifest.scheme
+        precision = rest if fp else manifest.scheme + ("" if rest == "float32" else f" with {rest}")
         console.print(f"{precision}, {manifest.sampler}, {steps} network calls, on {pipeline.engine.name}")
         begun = time.perf_counter()
         with bar() as show:

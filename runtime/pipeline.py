@@ -9,7 +9,7 @@ import numpy as np
 from . import noise
 from .bundle import Bundle, NetworkName
 from .engines import open_engine
-from .engines.base import EngineOptions
+from .engines.base import EngineOptions, Rest
 from .errors import AccuQuantError
 
 OnStep = Callable[[int, int, np.ndarray], None]  # samples finished before this batch, steps done, latents
@@ -29,11 +29,12 @@ class Pipeline:
         engine: str = "auto",
         batch: int = 8,
         threads: int = 0,
+        rest: Rest = "float32",
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(Path(bundle))
         self.plan, self.shape = self.bundle.plan, self.bundle.manifest.sample_shape
         self.batch = batch
-        self.engine = open_engine(self.bundle.graph(network), EngineOptions(batch, threads), engine)
+        self.engine = open_engine(self.bundle.graph(network), EngineOptions(batch, threads, rest), engine)
 
     def generate(self, seeds: Sequence[int], on_step: OnStep | None = None) -> np.ndarray:
         """Final latents, float32 (len(seeds), C, H, W), in the order of `seeds`.

@@ -79,16 +79,20 @@ def cost_table(report: dict[str, Any]) -> str:
 
 
 def bench_table(report: dict[str, Any]) -> str:
-    """fp32 against int of one interleaved run, as markdown."""
-    lines = ["| batch | fp32 step | int step | speed-up |", "|---:|---:|---:|---:|"]
+    """The sides of one interleaved run, as markdown."""
+    sides = list(report["results"][0]["sides"])
+    lines = ["| step at batch | " + " | ".join(sides) + " |", "|---:|" + "---:|" * len(sides)]
     for row in report["results"]:
-        fp, quantized = (row["step_seconds"][side]["median"] * 1e3 for side in ("twin", "denoiser"))
-        lines.append(f"| {row['batch']} | {fp:.2f} ms | {quantized:.2f} ms | {row['step_speedup']:.2f}x |")
-    sizes = report["bytes"]
+        cells = (
+            f"{side['step_seconds']['median'] * 1e3:.2f} ms, {side['step_speedup']:.2f}x"
+            for side in row["sides"].values()
+        )
+        lines.append(f"| {row['batch']} | " + " | ".join(cells) + " |")
+    sizes, n = report["bytes"], report["results"][0]["sides"][sides[0]]["step_seconds"]["n"]
     caption = (
-        f"{report['scheme']} on {report['results'][0]['engine']}, medians of "
-        f"{report['results'][0]['step_seconds']['twin']['n']} interleaved steps; graphs on disk "
-        f"{sizes['twin'] / 2**20:.2f} MiB (fp32) and {sizes['denoiser'] / 2**20:.2f} MiB; {machine(report['machine'])}."
+        f"{report['scheme']} on {report['results'][0]['engine']}, medians of {n} interleaved steps, and how many times "
+        f"faster than fp32; graphs on disk {sizes['twin'] / 2**20:.2f} MiB (fp32) and "
+        f"{sizes['denoiser'] / 2**20:.2f} MiB; {machine(report['machine'])}."
     )
     return "\n".join([*lines, "", caption])
 

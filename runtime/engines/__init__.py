@@ -5,23 +5,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import AccuQuantError
-from .base import Engine, EngineOptions
+from .base import Engine, EngineOptions, Rest
 
 
-def _openvino(path: Path, options: EngineOptions) -> Engine:
+def _openvino() -> type[Engine]:
     from .openvino import OpenVINOEngine
 
-    return OpenVINOEngine(path, options)
+    return OpenVINOEngine
 
 
-def _onnxruntime(path: Path, options: EngineOptions) -> Engine:
+def _onnxruntime() -> type[Engine]:
     from .onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(path, options)
+    return OnnxRuntimeEngine
 
 
 # Order is preference: OpenVINO runs our Q/DQ graphs wholly in int8, ONNX Runtime mostly in float.
-ENGINES: dict[str, Callable[[Path, EngineOptions], Engine]] = {"openvino": _openvino, "onnxruntime": _onnxruntime}
+ENGINES: dict[str, Callable[[], type[Engine]]] = {"openvino": _openvino, "onnxruntime": _onnxruntime}
 
 
 def available() -> list[str]:
@@ -33,8 +33,17 @@ def open_engine(path: Path, options: EngineOptions, name: str = "auto") -> Engin
     """Compile the graph at `path` with engine `name`, or with the best one installed.
 
     Raises:
-        AccuQuantError: unknown name, or its library is not installed.
+        AccuQuantError: unknown name, its library is not installed, or it has no `options.rest` on this machine.
     """
+    return _class(name)(path, options)
+
+
+def rests(name: str = "auto") -> tuple[Rest, ...]:
+    """What engine `name` can compute in here besides integers, float32 first; raises as `open_engine` does."""
+    return _class(name).rests()
+
+
+def _class(name: str) -> type[Engine]:
     installed = available()
     if name == "auto":
         if not installed:
@@ -44,4 +53,4 @@ def open_engine(path: Path, options: EngineOptions, name: str = "auto") -> Engin
         raise AccuQuantError(f"unknown engine {name!r}; known: {', '.join(ENGINES)}")
     if name not in installed:
         raise AccuQuantError(f"engine {name} is not installed; install it with: pip install {name}")
-    return ENGINES[name](path, options)
+    return ENGINES[name]()

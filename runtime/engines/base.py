@@ -4,10 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from ..errors import AccuQuantError
+
+Rest = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How a graph is compiled. `threads` 0 leaves the choice to the library."""
+    """How a graph is compiled.
+
+    `threads` 0 leaves the choice to the library; `rest` is the type of all that is not integer, of a twin everything.
+    """
 
     batch: int = 8
     threads: int = 0
+    rest: Rest = "float32"
 
 
 class Engine(ABC):
@@ -45,9 +52,17 @@ class Engine(ABC):
     def __init__(self, path: Path, options: EngineOptions) -> None:
         if not path.exists():
             raise AccuQuantError(f"{path} does not exist; is the bundle complete?")
+        if options.rest not in self.rests():
+            known = ", ".join(self.rests())
+            raise AccuQuantError(f"{type(self).__name__} computes in {known} on this machine; {options.rest} was asked")
         self.path, self.options = path, options
         self.inputs: tuple[Port, ...] = ()
         self.outputs: tuple[Port, ...] = ()
+
+    @classmethod
+    def rests(cls) -> tuple[Rest, ...]:
+        """Types besides integers that this machine computes in natively."""
+        return ("float32",)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """The network's output for `inputs` by name; the array stays valid until the next call.

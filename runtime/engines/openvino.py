@@ -12,7 +12,7 @@ import numpy as np
 import openvino as ov
 
 from ..errors import AccuQuantError
-from .base import Engine, EngineOptions, Kernel, Port
+from .base import Engine, EngineOptions, Kernel, Port, Rest
 
 
 class OpenVINOEngine(Engine):
@@ -29,7 +29,7 @@ class OpenVINOEngine(Engine):
         widen_int4(model)
         model.reshape({port: [options.batch, *list(port.partial_shape)[1:]] for port in model.inputs})
         settings: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[options.rest],
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "PERF_COUNT": False,
@@ -44,6 +44,11 @@ class OpenVINOEngine(Engine):
         self._buffers = {port.name: np.zeros(port.shape, port.dtype) for port in self.inputs}
         for port, raw in zip(self.inputs, self._compiled.inputs, strict=True):
             self._request.set_tensor(raw, ov.Tensor(self._buffers[port.name], shared_memory=True))
+
+    @classmethod
+    def rests(cls) -> tuple[Rest, ...]:
+        native = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return ("float32", "bfloat16") if "BF16" in native else ("float32",)
 
     def _infer(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         for name, value in inputs.items():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from accuquant.runtime.engines import rests
 
 MODULES = {
     "accuquant-export": "accuquant.export.cli",
@@ -105,11 +106,15 @@ def test_bench_measures_both_sides_and_writes_json(exported):
     report = json.loads((folder / "bench.json").read_text())
     assert [row["batch"] for row in report["results"]] == [1, 2]
     for row in report["results"]:
-        for side in ("twin", "denoiser"):
-            assert row["step_seconds"][side]["n"] == 5
-            assert 0 < row["step_seconds"][side]["p10"] <= row["step_seconds"][side]["median"]
-        ratio = row["step_seconds"]["twin"]["median"] / row["step_seconds"]["denoiser"]["median"]
-        assert row["step_speedup"] == pytest.approx(ratio)
+        sides = row["sides"]
+        assert len(sides) == 2 * len(rests()), "integers are held against every float type that the machine has"
+        assert next(iter(sides)) == "fp32"
+        for name, side in sides.items():
+            assert side["step_seconds"]["n"] == 5
+            assert 0 < side["step_seconds"]["p10"] <= side["step_seconds"]["median"]
+            ratio = sides["fp32"]["step_seconds"]["median"] / side["step_seconds"]["median"]
+            assert side["step_speedup"] == pytest.approx(ratio)
+            assert name in done.stdout
     assert report["machine"]["cpu"]
 
 

@@ -4,7 +4,7 @@ import importlib
 
 import numpy as np
 import pytest
-from accuquant.runtime.engines import ENGINES, available, open_engine
+from accuquant.runtime.engines import ENGINES, available, open_engine, rests
 from accuquant.runtime.engines.base import EngineOptions
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.inspection import operator_precisions
@@ -68,6 +68,24 @@ def test_engines_agree_within_the_quantization_noise(tiny_bundle):
     fp = open_engine(tiny_bundle.graph("twin"), EngineOptions(batch=4), "onnxruntime").run(feed)
     assert sqnr(out["onnxruntime"], out["openvino"]) > sqnr(fp, out["onnxruntime"])
     assert sqnr(fp, out["openvino"]) == pytest.approx(sqnr(fp, out["onnxruntime"]), abs=1.0)
+
+
+def test_what_is_not_integer_may_be_bfloat16_where_the_machine_has_it(tiny_bundle):
+    """The output is coarser by bfloat16's eight bits and no more; where there is none, it is refused by name."""
+    from accuquant.export.verify import sqnr
+
+    rng = np.random.default_rng(0)
+    feed = {"x": rng.standard_normal((4, 1, 8, 8), np.float32), "t": np.full(4, 50, np.float32)}
+    path, coarse = tiny_bundle.graph("twin"), EngineOptions(batch=4, rest="bfloat16")
+    with pytest.raises(AccuQuantError, match="float32 on this machine; bfloat16 was asked"):
+        open_engine(path, coarse, "onnxruntime")
+    assert rests("onnxruntime") == ("float32",)
+    if "bfloat16" not in rests("openvino"):
+        with pytest.raises(AccuQuantError, match="bfloat16 was asked"):
+            open_engine(path, coarse, "openvino")
+        pytest.skip("this CPU has no bfloat16")
+    fp = open_engine(path, EngineOptions(batch=4), "openvino").run(feed).copy()
+    assert 25 < sqnr(fp, open_engine(path, coarse, "openvino").run(feed)) < 70
 
 
 def test_unknown_and_missing_engines_are_named(tiny_bundle, monkeypatch):
