@@ -112,7 +112,7 @@ class Arena:
         """Calibrate, sample and compare; one row of the table. `graph` is for counting what it costs."""
         model = load_model(self.checkpoint)
         operators = quantize(model, scheme)
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.process_time()
         row: dict[str, Any] = {"method": entry.name, "kind": entry.method, "cost": cost(entry, graph)}
         row["spec"] = entry.spec.model_dump()
         if entry.method == "block-wise":
@@ -133,7 +133,7 @@ class Arena:
                     report=lambda s, d, t, loss: show(f"{entry.name}: {s}", d, t, f"{loss:.2e}" if loss else ""),
                 )
             row |= {"held_out": outcome.held_out, "kept": outcome.kept, "groups": [asdict(g) for g in outcome.groups]}
-        row["seconds"] = time.perf_counter() - begun
+        row["seconds"], row["cpu_seconds"] = time.perf_counter() - begun, time.process_time() - worked
         latents, engine = self._sample(model, operators, entry, scheme)
         row["sampled_on"] = engine
         assert self.fp is not None

@@ -32,7 +32,7 @@ def machine(facts: dict[str, str]) -> str:
 def methods_table(report: dict[str, Any]) -> str:
     """The entries of a comparison side by side, as markdown."""
     lines = [
-        f"| {TITLES[report['sweep']]} | M | iterations | PSNR to fp, mean (p10) | SSIM | MSE | time |",
+        f"| {TITLES[report['sweep']]} | M | iterations | PSNR to fp, mean (p10) | SSIM | MSE | CPU time |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:
@@ -42,7 +42,7 @@ def methods_table(report: dict[str, Any]) -> str:
         lines.append(
             f"| {row['method']} | {spec['group'] if whole else '-'} | {steps or '-'} "
             f"| {row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB | {row['ssim_mean']:.4f} | {row['mse']:.2e} "
-            f"| {row['seconds']:.0f} s |"
+            f"| {row.get('cpu_seconds', row['seconds']):.0f} s |"
         )
     bits = report["scheme"]
     name = f"W{bits['weight_bits']}A{bits['activation_bits']}"
