@@ -63,8 +63,8 @@ def gradients(spec: CalibrationSpec) -> list[Entry]:
 def starts(spec: CalibrationSpec) -> list[Entry]:
     return [
         Entry("teacher's latent", changed(spec, start="teacher")),
-        Entry("student's, back to the trajectory", changed(spec, start="student", aim="trajectory")),
-        Entry("student's, local target", changed(spec, start="student", aim="local")),
+        Entry("student's latent to the teacher's end", changed(spec, start="student", aim="trajectory")),
+        Entry("student's latent to its own end", changed(spec, start="student", aim="local")),
     ]
 
 
