@@ -32,7 +32,8 @@ def machine(facts: dict[str, str]) -> str:
 def methods_table(report: dict[str, Any]) -> str:
     """The entries of a comparison side by side, as markdown."""
     lines = [
-        f"| {TITLES[report['sweep']]} | M | iterations | PSNR to fp, mean (p10) | SSIM | MSE | CPU time |",
+        f"| {TITLES[report['sweep']]} | M | iterations | PSNR to fp, mean (p10) "
+        "| SSIM | MSE, mean (median) | CPU time |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:
@@ -41,8 +42,8 @@ def methods_table(report: dict[str, Any]) -> str:
         whole = row["kind"] == "learned" and steps > 0
         lines.append(
             f"| {row['method']} | {spec['group'] if whole else '-'} | {steps or '-'} "
-            f"| {row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB | {row['ssim_mean']:.4f} | {row['mse']:.2e} "
-            f"| {row.get('cpu_seconds', row['seconds']):.0f} s |"
+            f"| {row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB | {row['ssim_mean']:.4f} "
+            f"| {row['mse']:.2e} ({row['mse_median']:.2e}) | {row.get('cpu_seconds', row['seconds']):.0f} s |"
         )
     bits = report["scheme"]
     name = f"W{bits['weight_bits']}A{bits['activation_bits']}"
