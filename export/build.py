@@ -36,7 +36,7 @@ from ..runtime.files import atomic_folder, sha256
 from ..runtime.plan import SamplingPlan
 from .check_target import check_target
 from .graph import save_graph, trace_float
-from .layer_parity import check_layers, layer_parity
+from .layer_parity import ENGINE_LEAST, check_layers, layer_parity
 from .lower import lower
 from .measure import Comparison, compare_twins
 from .report import DriftPoint, LayerRow, ReportFacts, write_report
@@ -209,7 +209,7 @@ def _compare_layers(
     check_layers(alike["reference"], "the graph")
     if request.scheme.target == "cpu":
         alike["engine"] = layer_parity(path, operators, plan, judge, open_engine)
-        check_layers(alike["engine"], "this machine's engine")
+        check_layers(alike["engine"], "this machine's engine", ENGINE_LEAST)
     return alike
 
 

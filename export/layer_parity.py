@@ -6,8 +6,9 @@ and the two outputs are compared,
 
     SQNR = 10 log10( sum ||y_sim||^2 / sum ||y - y_sim||^2 )
 
-Alone, two correct layers differ by float32's last digits and, if an engine divides by multiplying, by a rounding flip
-here and there: 60 dB and more. The first layer below that, in the order of the graph, is where the graph departs.
+Alone, two correct layers differ by float32's last digits: 60 dB and more. An engine that divides by multiplying flips a
+rounding here and there, which the smallest layers feel most (55 dB were seen); an engine that computes something else
+is far below. The first layer below the bar, in the order of the graph, is where the graph departs.
 """
 
 import tempfile
@@ -28,7 +29,7 @@ from ..runtime.errors import AccuQuantError
 from ..runtime.plan import SamplingPlan
 from .graph import operator_nodes, save_graph
 
-LEAST = 60.0  # dB
+LEAST, ENGINE_LEAST = 60.0, 45.0  # dB, of the standard's execution and of an engine's
 STEPS, TRAJECTORIES = 3, 2
 OpenEngine = Callable[[Path, EngineOptions], Engine]
 QUANTIZATION = ("DequantizeLinear", "QuantizeLinear", "Clip")
@@ -94,15 +95,15 @@ def layer_parity(
     }
 
 
-def check_layers(parity: Mapping[str, float], engine: str) -> None:
+def check_layers(parity: Mapping[str, float], engine: str, least: float = LEAST) -> None:
     """Raises AccuQuantError naming the first layer that departs from its simulation, and how many do."""
-    departing = {name: db for name, db in parity.items() if not db >= LEAST}
+    departing = {name: db for name, db in parity.items() if not db >= least}
     if departing:
         first, db = next(iter(departing.items()))
         others = f"; so do {len(departing) - 1} layers behind it" if len(departing) > 1 else ""
         raise AccuQuantError(
             f"layer {first}: {engine} computes something else than the simulation ({db:.0f} dB on the same input, "
-            f"at least {LEAST:.0f} is expected){others}; the graph is not what was calibrated"
+            f"at least {least:.0f} is expected){others}; the graph is not what was calibrated"
         )
 
 
