@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.errors import AccuQuantError
 from ..runtime.plan import SamplingPlan
 from .gptq import compensate
 from .initialise import initialise
@@ -40,9 +41,14 @@ def reconstruct(
     """Initialise from `teacher` and learn block by block, spec.iterations each, leaving every operator active.
 
     `block_of` names the module that an operator is reconstructed with, the operator itself if it stands alone.
+
+    Raises:
+        AccuQuantError: a beginning that is to be judged, which takes the end of a chain.
     """
+    if spec.initialisation == "judged" or spec.compensate == "judged":
+        raise AccuQuantError("block-wise reconstruction has no end to judge by; choose initialisation and compensate")
     initialise(network, operators, plan, teacher, spec.initialisation, smoothing=spec.smoothing)
-    if spec.compensate:
+    if spec.compensate == "always":
         compensate(network, operators, plan, teacher)
     blocks: dict[str, dict[str, QuantizedOperator]] = {}
     for name, operator in operators.items():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..runtime.plan import SamplingPlan
 from .layers import QuantizedOperator, quantization
 from .multistep import Group, GroupBatch, history_needed, roll
-from .trajectory import Trajectory, step_noise
+from .trajectory import Trajectory, simulate, step_noise
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,20 @@ class GroupGain:
     @property
     def improved(self) -> bool:
         return self.after <= self.before
+
+
+def held_out_error(
+    network: nn.Module, operators: dict[str, QuantizedOperator], plan: SamplingPlan, judge: Trajectory
+) -> float:
+    """Squared difference of the final latents per element, its geometric mean over the judge's seeds.
+
+    Errors of single pictures span decades; their arithmetic mean would be the error of the worst one, and the mean of
+    logarithms is what PSNR averages.
+    """
+    with quantization(operators, active=True):
+        run = simulate(network, plan, judge.seeds, judge.states.shape[2:], judge.condition)
+    errors = (run.states[-1] - judge.states[-1]).square().flatten(1).mean(1).double()
+    return float(errors.clamp(min=1e-20).log().mean().exp())
 
 
 def group_errors(

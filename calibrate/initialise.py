@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .grid import Grid
 from .layers import QuantizedOperator, RowTable, quantization
 from .observers import Histogram, Range, max_weight_scale, min_max, mse_activation, mse_weight_scale, percentile
 from .smooth import channel_peaks, smooth, smoothable
-from .spec import Initialisation
+from .spec import Ranges
 from .trajectory import Progress, Trajectory, call
 
 OBSERVED_STEPS = 16  # spread over the chain: ranges drift with the noise level, slowly
@@ -21,20 +22,41 @@ OBSERVED_TRAJECTORIES = 16
 Key = tuple[str, int, int]  # operator, input, row of its table
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Observed:
+    """What reached every quantizer, by row where there is a table of `rows`."""
+
+    histograms: dict[Key, Histogram]
+    rows: int | None
+
+
 def initialise(
     network: nn.Module,
     operators: dict[str, QuantizedOperator],
     plan: SamplingPlan,
     teacher: Trajectory,
-    method: Initialisation,
+    ranges: Ranges,
     progress: Progress | None = None,
     *,
     smoothing: float = 0.0,
 ) -> None:
-    """Set every scale and zero point, for inputs by `method`; weights clip nothing with "min-max", else err least.
+    """Observe, and set every scale and zero point."""
+    set_ranges(operators, observe(network, operators, plan, teacher, progress, smoothing=smoothing), ranges)
 
-    `smoothing` is SmoothQuant's alpha; 0 does without.
+
+@torch.no_grad()
+def observe(
+    network: nn.Module,
+    operators: dict[str, QuantizedOperator],
+    plan: SamplingPlan,
+    teacher: Trajectory,
+    progress: Progress | None = None,
+    *,
+    smoothing: float = 0.0,
+) -> Observed:
+    """Histograms of all inputs of the float network, in the order of its calls.
+
+    `smoothing` is SmoothQuant's alpha, by which inputs are evened out before; 0 does without.
     """
     table = next((q.table for op in operators.values() for q in op.quantizers), None)
     wanted = OBSERVED_STEPS if table is None else max(OBSERVED_STEPS, 2 * len(table))
@@ -67,21 +89,26 @@ def initialise(
         for name, operator in chosen.items():
             smooth(operator, peaks[name], smoothing)
 
+    seen: dict[Key, Range] = defaultdict(Range)
+    watch(lambda key, x: seen[key].add(x))
+    histograms = {key: Histogram(between.low, between.high) for key, between in seen.items()}
+    watch(lambda key, x: histograms[key].add(x))
+    return Observed(histograms, None if table is None else len(table))
+
+
+@torch.no_grad()
+def set_ranges(operators: dict[str, QuantizedOperator], observed: Observed, ranges: Ranges) -> None:
+    """Set every scale and zero point, for inputs by `ranges`; weights clip nothing with "min-max", else err least."""
     for operator in operators.values():
         weight = operator.weight_quantizer
         if weight is not None:
-            pick = max_weight_scale if method == "min-max" else mse_weight_scale
+            pick = max_weight_scale if ranges == "min-max" else mse_weight_scale
             weight.set_scale(pick(weight.weight, weight.grid))
-
-    ranges: dict[Key, Range] = defaultdict(Range)
-    watch(lambda key, x: ranges[key].add(x))
-    histograms = {key: Histogram(seen.low, seen.high) for key, seen in ranges.items()}
-    watch(lambda key, x: histograms[key].add(x))
-    find = {"mse": mse_activation, "min-max": min_max, "percentile": percentile}[method]
-    found = {key: find(seen, operators[key[0]].quantizers[key[1]].grid) for key, seen in histograms.items()}
+    find = {"mse": mse_activation, "min-max": min_max, "percentile": percentile}[ranges]
+    found = {key: find(seen, operators[key[0]].quantizers[key[1]].grid) for key, seen in observed.histograms.items()}
     for (name, k, at), (scale, zero_point) in found.items():
         quantizer = operators[name].quantizers[k]
-        if table is not None and not quantizer.grid.symmetric:
+        if observed.rows is not None and not quantizer.grid.symmetric:
             scale, zero_point = _around_one_zero(found, (name, k, at), quantizer.grid)
         quantizer.set(scale, zero_point, at)
 

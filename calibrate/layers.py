@@ -100,6 +100,11 @@ class QuantizedOperator(nn.Module):
         return self.shift if given is None else given + self.shift
 
     @property
+    def layer(self) -> nn.Conv2d | nn.Linear:
+        """What it is in float; a product of activations has no layer."""
+        raise TypeError(f"{self.name} has no weight")
+
+    @property
     def quantizers(self) -> list[ActivationQuantizer]:
         return cast(list[ActivationQuantizer], list(self.inputs))
 
@@ -132,6 +137,10 @@ class QuantizedConv2d(QuantizedOperator):
         self.conv = conv.requires_grad_(False)
         self.split = split
 
+    @property
+    def layer(self) -> nn.Conv2d | nn.Linear:
+        return self.conv
+
     def parts(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         (x,) = inputs
         if self.smoothing is not None:
@@ -160,6 +169,10 @@ class QuantizedLinear(QuantizedOperator):
     def __init__(self, name: str, role: Role, linear: nn.Linear, weight: Grid, activation: Grid) -> None:
         super().__init__(name, role, [activation], WeightQuantizer(linear.weight, weight))
         self.linear = linear.requires_grad_(False)
+
+    @property
+    def layer(self) -> nn.Conv2d | nn.Linear:
+        return self.linear
 
     def parts(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         return inputs if self.smoothing is None else (inputs[0] * self.smoothing.reciprocal(),)
@@ -190,7 +203,9 @@ class QuantizedMatMul(QuantizedOperator):
 def quantize_operators(
     network: nn.Module, scheme: QuantScheme, role_of: Callable[[str], Role], splits: Mapping[str, int] | None = None
 ) -> dict[str, QuantizedOperator]:
-    """Replace every Conv2d, Linear and MatMul of `network` by its quantized form, and return them by name.
+    """Replace Conv2d, Linear and MatMul in `network` by their quantized forms, and return these by name.
+
+    Those whose role the scheme's policy keeps in float stay what they are.
 
     `splits` names the convolutions that are quantized in two parts, and the channels of the first (splits.py).
 
@@ -202,6 +217,8 @@ def quantize_operators(
         if isinstance(module, nn.Conv1d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
             raise AccuQuantError(f"layer {name} is a {type(module).__name__}, which has no quantized form yet")
         role = role_of(name)
+        if scheme.stays_float(role):
+            continue
         if isinstance(module, nn.Conv2d):
             made[name] = QuantizedConv2d(
                 name,

@@ -8,24 +8,23 @@ guard.py then looks at every group by itself.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..runtime.plan import SamplingPlan
 from .batches import Batches
+from .begin import Beginning, begin
 from .carry import carry
-from .gptq import compensate
-from .guard import GroupGain, activation_state, fall_back, group_errors
-from .initialise import initialise
+from .guard import GroupGain, activation_state, fall_back, group_errors, held_out_error
 from .journal import Journal, Snapshot, pack_optimizer, unpack_optimizer
 from .layers import QuantizedOperator, fast_compute, quantization
 from .multistep import accumulate_gradient, cut, graph_bytes
 from .rounding import annealed_beta, training_codes
 from .sharing import tabulate
 from .spec import CalibrationSpec
-from .trajectory import Trajectory, simulate
+from .trajectory import Trajectory
 
 NORM_MEMORY = 0.9  # of the running mean that gradient clipping compares with
 
@@ -37,6 +36,7 @@ class Outcome:
     `groups` tells what learning did to every group; empty if nothing was learned.
     """
 
+    beginning: Beginning
     held_out: dict[int, float] = field(default_factory=dict)
     kept: int = 0
     groups: list[GroupGain] = field(default_factory=list)
@@ -65,7 +65,7 @@ def calibrate(
     resume: bool = False,
     report: Report | None = None,
 ) -> Outcome:
-    """Initialise from `teacher`, learn, and leave the best state (judged on `judge`) in the operators, active."""
+    """Begin, learn from `teacher`, and leave the best state (judged on `judge`) in the operators, active."""
 
     def tell(stage: str, done: int, total: int, loss: float | None = None) -> None:
         if report is not None:
@@ -73,32 +73,30 @@ def calibrate(
 
     if spec.table > 1:
         tabulate(network, operators, plan, spec.table)
-    initialise(
-        network, operators, plan, teacher, spec.initialisation, lambda d, t: tell("ranges", d, t),
-        smoothing=spec.smoothing,
-    )  # fmt: skip
-    if spec.compensate:
-        compensate(network, operators, plan, teacher, lambda d, t: tell("rounding", d, t))
+    snapshot = journal.read() if resume else None
+    known = None if snapshot is None else Beginning(**snapshot.record["beginning"])
+    beginning = begin(network, operators, plan, teacher, judge, spec, tell, known)
     learner = _Learner(network, operators, plan, teacher, spec)
-    outcome = Outcome()
+    outcome = Outcome(beginning)
     start, norm = 0, 0.0
     best = learner.state()
     groups = cut(plan, spec.group, spec.grouping) if spec.total else []
     initial, before = activation_state(operators), group_errors(network, operators, plan, judge, groups)
 
-    snapshot = journal.read() if resume else None
     if snapshot is not None:
         start, norm = snapshot.iteration, snapshot.record["norm"]
-        outcome = Outcome({int(k): v for k, v in snapshot.record["held_out"].items()}, snapshot.record["kept"])
+        held_out = {int(k): v for k, v in snapshot.record["held_out"].items()}
+        outcome = Outcome(beginning, held_out, snapshot.record["kept"])
         learner.restore(snapshot.under("now"))
         best = snapshot.under("best")
         learner.warmup.restore(snapshot.under("warmup"))
         learner.groups.restore(snapshot.under("groups"))
         unpack_optimizer(learner.optimizer, snapshot.tensors)
 
-    def judge_now(iteration: int) -> None:
+    def judge_now(iteration: int, error: float | None = None) -> None:
         nonlocal best
-        outcome.held_out[iteration] = held_out_error(network, operators, plan, judge)
+        found = held_out_error(network, operators, plan, judge) if error is None else error
+        outcome.held_out[iteration] = found
         if outcome.held_out[iteration] <= outcome.best or iteration == 0:
             outcome.kept, best = iteration, learner.state()
 
@@ -106,11 +104,11 @@ def calibrate(
         tensors = {f"now/{k}": v for k, v in learner.state().items()} | {f"best/{k}": v for k, v in best.items()}
         for name, batches in (("warmup", learner.warmup), ("groups", learner.groups)):
             tensors |= {f"{name}/{k}": v for k, v in batches.state().items()}
-        written = {"held_out": outcome.held_out, "kept": outcome.kept, "norm": norm}
+        written = {"held_out": outcome.held_out, "kept": outcome.kept, "norm": norm, "beginning": asdict(beginning)}
         journal.write(Snapshot(iteration, tensors | pack_optimizer(learner.optimizer), written))
 
     if 0 not in outcome.held_out:
-        judge_now(0)
+        judge_now(0, beginning.errors.get(beginning.chosen))
     every = max(1, math.ceil(spec.total / spec.checks))
     save_every = max(1, min(every, 20))
     for iteration in range(start, spec.total):
@@ -126,20 +124,6 @@ def calibrate(
     for operator in operators.values():
         operator.active = True
     return outcome
-
-
-def held_out_error(
-    network: nn.Module, operators: dict[str, QuantizedOperator], plan: SamplingPlan, judge: Trajectory
-) -> float:
-    """Squared difference of the final latents per element, its geometric mean over the judge's seeds.
-
-    Errors of single pictures span decades; their arithmetic mean would be the error of the worst one, and the mean of
-    logarithms is what PSNR averages.
-    """
-    with quantization(operators, active=True):
-        run = simulate(network, plan, judge.seeds, judge.states.shape[2:], judge.condition)
-    errors = (run.states[-1] - judge.states[-1]).square().flatten(1).mean(1).double()
-    return float(errors.clamp(min=1e-20).log().mean().exp())
 
 
 class _Learner:

@@ -41,7 +41,7 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.grid = grid
         self.rounding: Rounding = "nearest"
-        self.compensated = False
+        self._own: Tensor | None = None  # what `weight` was before it was compensated
         self.register_buffer("weight", weight.detach())  # the layer's own, which nobody writes to
         self.register_buffer("start", torch.ones(weight.shape[0], *[1] * (weight.ndim - 1)))
         self.choice: nn.Parameter | None = None
@@ -60,7 +60,17 @@ class WeightQuantizer(nn.Module):
 
     def compensate(self, weight: Tensor) -> None:
         """Round `weight` from now on: the layer's own and what makes up for the rounding of its other entries."""
-        self.weight, self.compensated = weight, True
+        self._own = self._own if self.compensated else self.weight
+        self.weight = weight
+
+    @property
+    def compensated(self) -> bool:
+        return self._own is not None
+
+    def restore(self) -> None:
+        """Round the layer's own weight again."""
+        if self._own is not None:
+            self.weight, self._own = self._own, None
 
     def learn(self, rounding: Rounding, scale: bool = False) -> None:
         """Attach the variables that are learned: AdaRound's v or the offset d, one per weight; g, one per channel."""

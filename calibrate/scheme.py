@@ -16,7 +16,7 @@ from .grid import Grid
 Role = Literal["first", "last", "time", "body", "attention"]
 OperatorKind = Literal["conv", "linear", "matmul"]
 TargetName = Literal["cpu", "tensorrt"]
-PolicyName = Literal["standard", "uniform"]
+PolicyName = Literal["standard", "integer", "uniform"]
 ContainerName = Literal["packed", "int8"]
 
 SIGNED_8 = Grid(8, signed=True, symmetric=True)
@@ -38,10 +38,22 @@ TARGETS: Mapping[TargetName, Target] = {
     "tensorrt": Target(True, True, "TensorRT and TensorRT-RTX: symmetric int8 activations"),
 }
 
-# Roles kept at 8 bits whatever is asked. The ends of the network are a hundredth of its weights and most of its error.
-POLICIES: Mapping[PolicyName, frozenset[Role]] = {
-    "standard": frozenset({"first", "last", "time"}),
-    "uniform": frozenset(),
+
+@dataclass(frozen=True)
+class Policy:
+    """Roles that stay in float, and roles that keep 8 bits whatever is asked."""
+
+    in_float: frozenset[Role]
+    in_8_bits: frozenset[Role]
+    describes: str
+
+
+# The ends are a thousandth of the network's weights and work. Where noise is strong the output is nearly the input: 8
+# bits of the latent are then 8 bits of the prediction, and at W8A8 most of what the whole network errs by.
+POLICIES: Mapping[PolicyName, Policy] = {
+    "standard": Policy(frozenset({"first", "last"}), frozenset({"time"}), "ends in float, time embedding in 8 bits"),
+    "integer": Policy(frozenset(), frozenset({"first", "last", "time"}), "ends and time embedding in 8 bits"),
+    "uniform": Policy(frozenset(), frozenset(), "the bits asked for, everywhere"),
 }
 
 
@@ -55,18 +67,22 @@ class QuantScheme(BaseModel):
     target: TargetName = "cpu"
     policy: PolicyName = "standard"
     container: ContainerName = "packed"  # of weights of up to 4 bits: two in a byte, or one
+    reserve: float = Field(0.1, ge=0, le=1)  # share of the low-bit weights that keeps 8 bits; sensitivity.py says which
     split: bool = False  # a scale for each part of a concatenation that a convolution reads; splits.py
 
     @property
     def name(self) -> str:
         return f"W{self.weight_bits}A{self.activation_bits}"
 
+    def stays_float(self, role: Role) -> bool:
+        return role in POLICIES[self.policy].in_float
+
     def weight_grid(self, role: Role) -> Grid:
-        kept = role in POLICIES[self.policy]
+        kept = role in POLICIES[self.policy].in_8_bits
         return Grid(8 if kept else self.weight_bits, signed=True, symmetric=True)
 
     def activation_grid(self, role: Role, kind: OperatorKind) -> Grid:
-        bits = 8 if role in POLICIES[self.policy] else self.activation_bits
+        bits = 8 if role in POLICIES[self.policy].in_8_bits else self.activation_bits
         if kind == "matmul":
             return Grid(bits, signed=True, symmetric=True)
         target = TARGETS[self.target]

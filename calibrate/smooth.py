@@ -10,7 +10,7 @@ alike, and the per-output-channel scales of the weights take what was moved. alp
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .layers import QuantizedConv2d, QuantizedLinear, QuantizedOperator
 
@@ -41,15 +41,9 @@ def smooth(operator: QuantizedOperator, peaks: Tensor, alpha: float) -> None:
     """Divide the operator's input channels by m, and multiply its weight's; `peaks` (C,) is max |x_j|."""
     quantizer = operator.weight_quantizer
     assert quantizer is not None
-    weight = _weight(operator)
+    weight = operator.layer.weight.detach()
     widest = weight.abs().amax([d for d in range(weight.ndim) if d != 1])
     m = peaks.clamp(min=SMALLEST) ** alpha / widest.clamp(min=SMALLEST) ** (1 - alpha)
     m = torch.where((peaks > SMALLEST) & (widest > SMALLEST), m, torch.ones_like(m))
     operator.smoothing = m
     quantizer.weight = weight * m.view(1, -1, *[1] * (weight.ndim - 2))
-
-
-def _weight(operator: QuantizedOperator) -> Tensor:
-    layer = operator.conv if isinstance(operator, QuantizedConv2d) else operator.linear
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
-    return layer.weight.detach()

@@ -10,7 +10,8 @@ from .carry import Gradient
 from .multistep import Grouping
 from .rounding import Rounding
 
-Initialisation = Literal["mse", "min-max", "percentile"]
+Ranges = Literal["mse", "min-max", "percentile"]
+Initialisation = Literal["judged", "mse", "min-max", "percentile"]
 Start = Literal["teacher", "student"]
 Aim = Literal["trajectory", "local"]
 PresetName = Literal["smoke", "default", "best"]
@@ -21,9 +22,11 @@ class CalibrationSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    initialisation: Initialisation = "mse"
+    initialisation: Initialisation = Field("judged", description="how ranges are found; judged tries min-max and mse")
     smoothing: float = Field(0.0, ge=0, le=1, description="SmoothQuant's alpha for linear layers; 0 does without")
-    compensate: bool = Field(True, description="rounding starts where later columns make up for earlier ones (GPTQ)")
+    compensate: Literal["judged", "always", "never"] = Field(
+        "judged", description="whether rounding starts where later columns make up for earlier ones (GPTQ)"
+    )
     group: int = Field(5, ge=1, description="M, the sampling steps that are simulated before the loss is taken")
     grouping: Grouping = Field("count", description="groups of equal count, or of equal angle between signal and noise")
     gradient: Gradient = "exact"

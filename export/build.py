@@ -9,7 +9,7 @@ the calibration journal outlives an interruption; `resume` goes on from it.
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ..calibrate.model import DiffusionModel, quantize
 from ..calibrate.optimize import Outcome, calibrate
 from ..calibrate.recipe import Recipe, freeze
 from ..calibrate.scheme import QuantScheme
+from ..calibrate.sensitivity import keep_sensitive
 from ..calibrate.spec import CalibrationSpec
 from ..calibrate.trace import trace
 from ..calibrate.trajectory import Trajectory, simulate
@@ -90,7 +91,7 @@ def prepare(request: Request) -> Prepared:
     plan = trace(request.sampler or model.default_sampler, model.noise_schedule, request.steps or model.default_steps)
     network = model.network.to(request.device)
     operators = quantize(model, request.scheme)
-    cost = estimate(network, operators, plan, request.spec, model.sample_shape)
+    cost = estimate(network, operators, plan, request.spec, model.sample_shape, reserve=request.scheme.reserve)
     return Prepared(model, operators, plan, cost)
 
 
@@ -111,6 +112,10 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         "torch": torch.__version__,
     }
     teacher, judge = _trajectories(request, prepared, work, specification, show)
+    keep_sensitive(
+        model.network, operators, plan, teacher, request.scheme.reserve,
+        lambda done, total: show("sensitivity", done, total, ""),
+    )  # fmt: skip
     outcome = calibrate(
         model.network,
         operators,
@@ -218,6 +223,7 @@ def _provenance(request: Request, outcome: Outcome) -> dict[str, Any]:
         "checkpoint": request.checkpoint.name,
         "checkpoint_sha256": sha256(request.checkpoint),
         "calibration": request.spec.model_dump(),
+        "beginning": asdict(outcome.beginning),
         "held_out_error": {str(k): v for k, v in outcome.held_out.items()},
         "kept_iteration": outcome.kept,
         "versions": versions(),
@@ -322,6 +328,7 @@ def _write_report(
         psnr=comparison.psnr.tolist(),
         ssim=comparison.ssim.tolist(),
         drift=drift,
+        beginning=str(outcome.beginning),
         held_out=outcome.held_out,
         kept=outcome.kept,
         groups=outcome.groups,

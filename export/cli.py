@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..calibrate.cache import TrajectoryCache, default_folder
 from ..calibrate.guard import verdict
-from ..calibrate.scheme import QuantScheme, parse_bits
+from ..calibrate.scheme import POLICIES, QuantScheme, parse_bits
 from ..calibrate.spec import PRESETS, CalibrationSpec, PresetName, parse_settings
 from ..calibrate.trace import SAMPLERS
 from ..runtime.console import bar, command, console, machine_facts
@@ -29,7 +29,12 @@ def export(
     preset: Annotated[str, typer.Option(help="Calibration effort: smoke, default or best.")] = "default",
     sampler: Annotated[str | None, typer.Option(help=f"One of {', '.join(SAMPLERS)} [the family's].")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps [the family's].")] = None,
-    policy: Annotated[str, typer.Option(help="standard keeps first, last and time layers at 8 bits.")] = "standard",
+    policy: Annotated[
+        str, typer.Option(help="; ".join(f"{k}: {v.describes}" for k, v in POLICIES.items()))
+    ] = "standard",
+    reserve: Annotated[
+        float, typer.Option(help="Share of the low-bit weights that keeps 8 bits, where rounding costs most.")
+    ] = 0.1,
     split: Annotated[bool, typer.Option("--split", help="A scale for each part of a concatenated shortcut.")] = False,
     container: Annotated[str, typer.Option(help="Weights of up to 4 bits: packed two to a byte, or int8.")] = "packed",
     group: Annotated[int | None, typer.Option(min=1, help="M, steps simulated before the loss [5].")] = None,
@@ -53,6 +58,7 @@ def export(
         activation_bits=activation_bits,
         target=target,
         policy=policy,
+        reserve=reserve,
         container=container,
         split=split,
     )
@@ -121,6 +127,7 @@ def _summary(request: Request, result: Result) -> Table:
     )
     table.add_row("SSIM to the fp twin", f"{comparison.ssim.mean():.4f} mean, n = {n}")
     held = result.outcome
+    table.add_row("begun from", str(held.beginning))
     table.add_row(
         "end-of-chain error",
         f"{held.initial:.2e} at the start, {held.best:.2e} kept "

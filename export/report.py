@@ -74,6 +74,7 @@ class ReportFacts(BaseModel):
     drift: list[DriftPoint]
     held_out: dict[int, float]
     kept: int
+    beginning: str = ""
     groups: list[GroupGain] = []
     calibration: dict[str, Any]
     layers: list[LayerRow]
@@ -212,6 +213,7 @@ def _calibration(facts: ReportFacts, held_out: Mapping[int, float]) -> str:
         figures.calibration(held_out, facts.kept, f"Calibration, held-out error{n}"),
         f"Held-out error by calibration iteration{n}",
         f"End-of-chain error of seeds that calibration never trains on.{change}"
+        + (f" Begun from {escape(facts.beginning)}." if facts.beginning else "")
         + (f" Group by group, from the teacher's latents: {escape(verdict(facts.groups))}." if facts.groups else ""),
     )
 

@@ -148,7 +148,7 @@ class Run:
 # The rounding's rate is below the default's: random weights of so few trajectories overfit at once.
 SMALL = {
     "initialisation": "min-max",
-    "compensate": False,
+    "compensate": "never",
     "group": 2,
     "iterations": 8,
     "batch": 4,

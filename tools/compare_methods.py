@@ -32,7 +32,8 @@ from contest import DRIFT_SEEDS, Arena, Entry, cost, within
 from draw_comparison import draw, draw_by_bits
 from rich.table import Table
 
-NOTHING: Mapping[str, Any] = {"iterations": 0, "warmup": 0, "rounding": "nearest", "compensate": False}
+NOTHING: Mapping[str, Any] = {"iterations": 0, "warmup": 0, "rounding": "nearest", "compensate": "never"}
+GPTQ: Mapping[str, Any] = {"initialisation": "min-max", "compensate": "always"}
 PER_STEP: Mapping[str, Any] = {"group": 1, "warmup": 0, "start": "teacher", "gradient": "exact"}
 
 
@@ -42,9 +43,9 @@ def methods(spec: CalibrationSpec) -> list[Entry]:
         Entry("percentile", changed(spec, **NOTHING, initialisation="percentile")),
         Entry("mse", changed(spec, **NOTHING, initialisation="mse")),
         Entry("smoothquant", changed(spec, **NOTHING, initialisation="min-max", smoothing=0.5)),
-        Entry("gptq", changed(spec, **NOTHING | {"compensate": True})),
-        Entry("block-wise", changed(spec, batch=16, warmup=0, compensate=False), "block-wise"),
-        Entry("block-wise from gptq", changed(spec, batch=16, warmup=0), "block-wise"),
+        Entry("gptq", changed(spec, **NOTHING | GPTQ)),
+        Entry("block-wise", changed(spec, batch=16, warmup=0, initialisation="mse", compensate="never"), "block-wise"),
+        Entry("block-wise from gptq", changed(spec, batch=16, warmup=0, **GPTQ), "block-wise"),
         Entry("per-step", changed(spec, **PER_STEP)),
         Entry("multi-step", spec),
     ]
@@ -106,6 +107,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("build/comparison"),
     target: Annotated[str, typer.Option()] = "cpu",
     policy: Annotated[str, typer.Option()] = "standard",
+    reserve: Annotated[float, typer.Option(help="Share of the low-bit weights that keeps 8 bits.")] = 0.1,
     split: Annotated[bool, typer.Option("--split", help="A scale for each part of a concatenation.")] = False,
     sampler: Annotated[str, typer.Option(help="The family's own if left out.")] = "",
     steps: Annotated[int, typer.Option(help="The family's own if left out.")] = 0,
@@ -121,7 +123,7 @@ def main(
         torch.set_num_threads(threads)
     spec = CalibrationSpec(**parse_settings(set_))
     sweeps = {name: chosen(name, spec, only) for name in sweep.split(",")}
-    schemes = [scheme_of(pair, target, policy, split) for pair in bits.split(",")]
+    schemes = [scheme_of(pair, target, policy, reserve, split) for pair in bits.split(",")]
     arena = Arena(checkpoint, sampler, steps, n, spec)
     circumstances = {
         "schema_version": 3,
@@ -156,11 +158,10 @@ def chosen(sweep: str, spec: CalibrationSpec, only: str) -> list[Entry]:
     return [entries[name] for name in wanted]
 
 
-def scheme_of(bits: str, target: str, policy: str, split: bool) -> QuantScheme:
+def scheme_of(bits: str, target: str, policy: str, reserve: float, split: bool) -> QuantScheme:
     weights, activations = parse_bits(bits)
-    return QuantScheme.model_validate(
-        {"weight_bits": weights, "activation_bits": activations, "target": target, "policy": policy, "split": split}
-    )
+    asked = {"weight_bits": weights, "activation_bits": activations, "target": target, "policy": policy}
+    return QuantScheme.model_validate(asked | {"reserve": reserve, "split": split})
 
 
 def kept_rows(folder: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from accuquant.calibrate.multistep import graph_bytes
 from accuquant.calibrate.optimize import calibrate
 from accuquant.calibrate.recipe import freeze
 from accuquant.calibrate.scheme import QuantScheme
+from accuquant.calibrate.sensitivity import keep_sensitive
 from accuquant.calibrate.spec import CalibrationSpec
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import call, simulate
@@ -113,8 +114,9 @@ class Arena:
         model = load_model(self.checkpoint)
         operators = quantize(model, scheme)
         begun, worked = time.perf_counter(), time.process_time()
+        kept = keep_sensitive(model.network, operators, self.plan, self.teacher, scheme.reserve)
         row: dict[str, Any] = {"method": entry.name, "kind": entry.method, "cost": cost(entry, graph)}
-        row["spec"] = entry.spec.model_dump()
+        row |= {"spec": entry.spec.model_dump(), "in_8_bits": kept}
         if entry.method == "block-wise":
             reconstruct(
                 model.network, operators, self.plan, self.teacher, entry.spec, model.block_of,
@@ -132,7 +134,8 @@ class Arena:
                     Journal(Path(folder), {}),
                     report=lambda s, d, t, loss: show(f"{entry.name}: {s}", d, t, f"{loss:.2e}" if loss else ""),
                 )
-            row |= {"held_out": outcome.held_out, "kept": outcome.kept, "groups": [asdict(g) for g in outcome.groups]}
+            row |= {"beginning": asdict(outcome.beginning), "held_out": outcome.held_out, "kept": outcome.kept}
+            row["groups"] = [asdict(g) for g in outcome.groups]
         row["seconds"], row["cpu_seconds"] = time.perf_counter() - begun, time.process_time() - worked
         latents, engine = self._sample(model, operators, entry, scheme)
         row["sampled_on"] = engine

@@ -135,7 +135,7 @@ def test_learning_starts_at_the_codes_it_found(tiny, tmp_path, rounding):
     """Whatever the form that rounding is learned in, no iterations leave these codes."""
     expected = started(tiny, steps=4)
     gptq.compensate(expected.network, expected.operators, expected.plan, expected.teacher)
-    settings = {"initialisation": "mse", "compensate": True, "rounding": rounding, "iterations": 0}
+    settings = {"initialisation": "mse", "compensate": "always", "rounding": rounding, "iterations": 0}
     run = tiny.prepare(steps=4, **settings)
     run.start(tmp_path)
     for name, found in codes(run).items():

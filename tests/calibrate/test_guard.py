@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from accuquant.calibrate.guard import activation_state, fall_back, group_errors, verdict
+from accuquant.calibrate.guard import activation_state, fall_back, group_errors, held_out_error, verdict
 from accuquant.calibrate.initialise import initialise
 from accuquant.calibrate.multistep import Group, cut
-from accuquant.calibrate.optimize import held_out_error
 from accuquant.calibrate.sharing import tabulate
 
 

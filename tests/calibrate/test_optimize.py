@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accuquant.calibrate.guard import held_out_error
 from accuquant.calibrate.initialise import initialise
 from accuquant.calibrate.journal import Journal
-from accuquant.calibrate.optimize import held_out_error
 from accuquant.runtime.errors import AccuQuantError
 
 TESTS = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def stop_after(iteration: int):
         ({}, 6),  # right after one
         ({"rounding": "adaround", "gradient": "injected-a"}, 5),
         ({"rounding": "nearest", "gradient": "injected-1"}, 3),
-        ({"sampler": "plms", "compensate": True}, 3),
+        ({"sampler": "plms", "initialisation": "judged", "compensate": "judged"}, 3),
         ({"sampler": "ddim-eta1", "group": 4}, 7),
         ({"start": "student", "sampler": "plms", "aim": "local", "warmup": 3, "between": 0.2, "iterations": 9}, 7),
         ({"start": "student", "grouping": "angle", "gradient": "measured", "iterations": 12}, 9),

@@ -1,7 +1,10 @@
 """Bits as a person writes them, and the grid each operator gets."""
 
 import pytest
+import torch
+from accuquant.calibrate.families.ddim import role_of
 from accuquant.calibrate.grid import Grid
+from accuquant.calibrate.layers import quantize_operators
 from accuquant.calibrate.scheme import QuantScheme, parse_bits
 from accuquant.runtime.errors import AccuQuantError
 from pydantic import ValidationError
@@ -53,7 +56,7 @@ def test_bits_out_of_range_say_which(text, said):
 
 
 @pytest.mark.parametrize("role", BODY)
-@pytest.mark.parametrize("policy", ["standard", "uniform"])
+@pytest.mark.parametrize("policy", ["standard", "integer", "uniform"])
 def test_the_body_takes_the_bits_that_were_asked_for(role, policy):
     scheme = QuantScheme(weight_bits=4, activation_bits=6, policy=policy)
     assert scheme.weight_grid(role) == Grid(4, signed=True, symmetric=True)
@@ -62,11 +65,26 @@ def test_the_body_takes_the_bits_that_were_asked_for(role, policy):
 
 
 @pytest.mark.parametrize("role", ENDS)
-def test_the_ends_keep_8_bits_under_the_standard_policy_only(role):
-    standard = QuantScheme(weight_bits=4, activation_bits=6)
+def test_the_ends_keep_8_bits_where_all_is_integer_and_none_where_all_is_alike(role):
+    integer = QuantScheme(weight_bits=4, activation_bits=6, policy="integer")
     uniform = QuantScheme(weight_bits=4, activation_bits=6, policy="uniform")
-    assert standard.weight_grid(role).bits == standard.activation_grid(role, "linear").bits == 8
+    assert integer.weight_grid(role).bits == integer.activation_grid(role, "linear").bits == 8
     assert (uniform.weight_grid(role).bits, uniform.activation_grid(role, "linear").bits) == (4, 6)
+    assert not integer.stays_float(role)
+    assert not uniform.stays_float(role)
+
+
+def test_the_standard_policy_leaves_the_ends_in_float_and_the_time_embedding_in_8_bits():
+    standard = QuantScheme(weight_bits=4, activation_bits=6)
+    assert {role for role in (*ENDS, *BODY) if standard.stays_float(role)} == {"first", "last"}
+    assert standard.weight_grid("time").bits == standard.activation_grid("time", "linear").bits == 8
+
+
+def test_operators_that_stay_in_float_are_left_alone(tiny):
+    network = tiny.unet()
+    operators = quantize_operators(network, QuantScheme(weight_bits=4, activation_bits=8), role_of)
+    assert {"conv_in", "conv_out"}.isdisjoint(operators)
+    assert type(network.conv_in) is type(network.conv_out) is torch.nn.Conv2d
 
 
 @pytest.mark.parametrize("kind", ["conv", "linear"])
