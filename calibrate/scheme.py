@@ -74,6 +74,12 @@ class QuantScheme(BaseModel):
     def name(self) -> str:
         return f"W{self.weight_bits}A{self.activation_bits}"
 
+    @property
+    def described(self) -> str:
+        """The policy in words, with what is kept in 8 bits beside it."""
+        kept = f", up to {self.reserve:.0%} of the weights in 8 bits" if self.reserve and self.weight_bits < 8 else ""
+        return f"{self.policy} ({POLICIES[self.policy].describes}{kept})"
+
     def stays_float(self, role: Role) -> bool:
         return role in POLICIES[self.policy].in_float
 

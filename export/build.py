@@ -320,7 +320,7 @@ def _write_report(
         found=prepared.model.found,
         scheme=request.scheme.name,
         target=request.scheme.target,
-        policy=request.scheme.policy,
+        policy=request.scheme.described,
         sampler=manifest.sampler,
         steps=len(prepared.plan),
         seeds_first=0,

@@ -85,7 +85,7 @@ def export(
     console.print(f"found    {prepared.model.found}")
     console.print(f"sampler  {prepared.plan.sampler}, {len(prepared.plan)} network calls")
     console.print(
-        f"scheme   {scheme.name} for {scheme.target}, policy {scheme.policy}; {len(prepared.operators)} operators"
+        f"scheme   {scheme.name} for {scheme.target}, policy {scheme.described}; {len(prepared.operators)} operators"
     )
     console.print(
         f"plan     {spec.iterations} iterations on groups of M = {spec.group} steps, {spec.gradient} gradient, "

@@ -75,7 +75,7 @@ def sharing(spec: CalibrationSpec) -> list[Entry]:
 
 def learned(spec: CalibrationSpec) -> list[Entry]:
     bare = {"rounding": "nearest", "weight_scale_rate": 0.0, "bias_rate": 0.0}
-    scales, biases = {"weight_scale_rate": spec.weight_scale_rate or 7e-5}, {"bias_rate": spec.bias_rate or 3e-4}
+    scales, biases = {"weight_scale_rate": spec.weight_scale_rate or 2e-5}, {"bias_rate": spec.bias_rate or 3e-4}
     return [
         Entry("activations", changed(spec, **bare)),
         Entry("+ rounding", changed(spec, **{**bare, "rounding": "offset"})),
