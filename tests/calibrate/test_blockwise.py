@@ -49,7 +49,7 @@ def test_it_lowers_the_networks_error_and_leaves_everything_quantized(tiny):
     assert all(operator.active for operator in run.operators.values())
     order = [name for name, _, _ in seen]
     assert set(order) == {block_of(name) for name in run.operators}
-    assert order.index("conv_in") < order.index("mid.block_1") < order.index("conv_out")
+    assert order.index("down.0.block.0") < order.index("mid.block_1") < order.index("up.0.block.0")
     assert [done for _, done, _ in seen] == list(range(1, len(order) + 1))
 
 
