@@ -7,11 +7,12 @@ every candidate samples the held-out trajectories to the end,
 
     E = geometric mean over seeds of mean || x_S - x*_S ||^2
 
-and the best is begun from. Ranges are compared first, then the better ones with and without GPTQ.
+and the best is begun from.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 from torch import Tensor, nn
 
@@ -50,15 +51,11 @@ class Beginning:
         return f"{self.chosen} (held-out error: {others})" if others else self.chosen
 
 
-def first_candidates(spec: CalibrationSpec) -> list[Candidate]:
+def candidates(spec: CalibrationSpec) -> list[Candidate]:
+    """All that `spec` leaves to be judged; one if it leaves nothing."""
     ranges = JUDGED if spec.initialisation == "judged" else (spec.initialisation,)
-    return [Candidate(each, spec.compensate != "never") for each in ranges]
-
-
-def judgements(spec: CalibrationSpec) -> int:
-    """How many candidates sample the held-out trajectories."""
-    count = len(first_candidates(spec)) + (spec.compensate == "judged")
-    return count if count > 1 else 0
+    rounded = {"judged": (True, False), "always": (True,), "never": (False,)}[spec.compensate]
+    return [Candidate(*each) for each in product(ranges, rounded)]
 
 
 def begin(
@@ -92,27 +89,16 @@ def begin(
         compensate(network, operators, plan, teacher, lambda done, total: tell("rounding", done, total))
         compensated[candidate] = [weight.weight for weight in weights]
 
-    first = first_candidates(spec)
+    choice = {candidate.name: candidate for candidate in candidates(spec)}
     if known is not None:
-        every = [Candidate(each.ranges, rounded) for each in first for rounded in (True, False)]
-        put(next(candidate for candidate in every if candidate.name == known.chosen))
+        put(choice[known.chosen])
         return known
-    if not judgements(spec):
-        put(first[0])
-        return Beginning(first[0].name, {})
-
-    errors: dict[Candidate, float] = {}
-
-    def judge_of(candidate: Candidate) -> None:
-        put(candidate)
-        errors[candidate] = held_out_error(network, operators, plan, judge)
-        tell("beginnings", len(errors), judgements(spec))
-
-    for candidate in first:
-        judge_of(candidate)
-    best = min(errors, key=lambda candidate: errors[candidate])
-    if spec.compensate == "judged":
-        judge_of(Candidate(best.ranges, False))
-        best = min(errors, key=lambda candidate: errors[candidate])
-    put(best)
-    return Beginning(best.name, {candidate.name: error for candidate, error in errors.items()})
+    errors: dict[str, float] = {}
+    if len(choice) > 1:
+        for name, candidate in choice.items():
+            put(candidate)
+            errors[name] = held_out_error(network, operators, plan, judge)
+            tell("beginnings", len(errors), len(choice))
+    best = min(choice, key=lambda name: errors.get(name, 0.0))
+    put(choice[best])
+    return Beginning(best, errors)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..runtime.plan import SamplingPlan
 from . import gptq, sensitivity
-from .begin import first_candidates, judgements
+from .begin import candidates
 from .initialise import OBSERVED_STEPS, OBSERVED_TRAJECTORIES
 from .layers import QuantizedOperator, fast_compute, quantization
 from .multistep import cut, graph_bytes
@@ -70,13 +70,14 @@ def estimate(
     per_group = rows / len(cut(plan, spec.group, spec.grouping))
     kept = min(per_group, max(1, spec.graph_mib * 2**20 // graph))
     teacher = (spec.trajectories + spec.held_out) * rows * plain
-    # The beginning, be it one of several, and every group by itself before and after.
-    judged_times = max(1, judgements(spec)) + (spec.checks + 2 if spec.total else 0)
+    begun = candidates(spec)
+    # Every beginning, and every group by itself before and after.
+    judged_times = len(begun) + (spec.checks + 2 if spec.total else 0)
     judging = judged_times * spec.held_out * rows * judged
     looking = sensitivity.calls(operators, plan) * plain if reserve else 0.0
     looking += 2 * OBSERVED_STEPS * min(OBSERVED_TRAJECTORIES, spec.trajectories) * plain
-    once = gptq.seconds(operators, device) + gptq.CALLS * plain if spec.compensate != "never" else 0.0
-    rounding = len(first_candidates(spec)) * once
+    once = gptq.seconds(operators, device) + gptq.CALLS * plain
+    rounding = sum(candidate.compensate for candidate in begun) * once
     learning = spec.warmup * both + spec.iterations * ((per_group - kept) * quantized + per_group * both)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     # Rounding variables, their gradient and two moments: four more numbers for every weight.

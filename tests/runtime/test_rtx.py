@@ -11,6 +11,7 @@ from accuquant.calibrate.initialise import initialise
 from accuquant.calibrate.model import quantize
 from accuquant.calibrate.recipe import freeze
 from accuquant.calibrate.scheme import QuantScheme
+from accuquant.calibrate.sensitivity import keep_sensitive
 from accuquant.calibrate.sharing import tabulate
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import simulate
@@ -71,7 +72,9 @@ def lowered(model, folder, graph=None, table=1, **scheme):
     plan = trace(model.default_sampler, model.noise_schedule, 4)
     if table > 1:
         tabulate(model.network, operators, plan, table)
-    initialise(model.network, operators, plan, simulate(model.network, plan, range(2), model.sample_shape), "min-max")
+    teacher = simulate(model.network, plan, range(2), model.sample_shape)
+    keep_sensitive(model.network, operators, plan, teacher, chosen.reserve)
+    initialise(model.network, operators, plan, teacher, "min-max")
     graph = graph or trace_float(model.network, operators, model.sample_shape)
     graphs = lower(graph, freeze(operators, chosen, {}), "tensorrt")
     for name, graph in zip(("int", "fp"), graphs, strict=True):
