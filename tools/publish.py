@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from accuquant.calibrate.scheme import QuantScheme
 
 ROOT = Path(__file__).parents[1]
 RESULTS, REFERENCE = ROOT / "tools" / "results", ROOT / "tools" / "reference"
@@ -40,16 +41,17 @@ def methods_table(report: dict[str, Any]) -> str:
         spec = row["spec"]
         steps = spec["warmup"] + spec["iterations"]
         whole = row["kind"] == "learned" and steps > 0
+        back = f", best after {row['kept']}" if whole and row["kept"] < steps else ""
         lines.append(
-            f"| {row['method']} | {spec['group'] if whole else '-'} | {steps or '-'} "
+            f"| {row['method']} | {spec['group'] if whole else '-'} | {steps or '-'}{back} "
             f"| {row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB | {row['ssim_mean']:.4f} "
             f"| {row['mse']:.2e} ({row['mse_median']:.2e}) | {row.get('cpu_seconds', row['seconds']):.0f} s |"
         )
-    bits = report["scheme"]
-    name = f"W{bits['weight_bits']}A{bits['activation_bits']}"
+    scheme = QuantScheme.model_validate(report["scheme"])
     where = machine(report["machine"])
     caption = (
-        f"{name}, {report['checkpoint']['name']}, sampler: {report['sampler']}, {report['steps']} steps, "
+        f"{scheme.name}, policy {scheme.described}, {report['checkpoint']['name']}, "
+        f"sampler: {report['sampler']}, {report['steps']} steps, "
         f"n = {report['n']} held-out seeds, sampled on {report['rows'][0]['sampled_on']}; learners have "
         f"{report['budget_calls'] / 1e3:.0f} thousand network calls each; {where}."
     )
