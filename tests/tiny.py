@@ -155,6 +155,7 @@ SMALL = {
     "trajectories": 8,
     "held_out": 3,
     "checks": 4,
+    "zero_point_rate": 0.01,
     "scale_rate": 3e-4,  # a handful of iterations wants larger steps than the defaults' hundreds
     "weight_scale_rate": 2e-4,
     "rounding_rate": 5e-3,

@@ -26,11 +26,13 @@ def insert_qdq(model: ir.Model, recipe: Recipe) -> int:
         AccuQuantError: a layer of the recipe is not in the graph.
     """
     nodes = operator_nodes(model)
-    made: dict[tuple[int, ActivationRecipe], ir.Value] = {}
-    for name, operator in recipe.facts.operators.items():
-        node = nodes.get(name)
-        if node is None:
+    for name in recipe.facts.operators:
+        if name not in nodes:
             raise AccuQuantError(f"layer {name} of the recipe is not in the graph; recipe and checkpoint do not fit")
+    made: dict[tuple[int, ActivationRecipe], ir.Value] = {}
+    # In the graph's order: a pair that several share stands before the first of them.
+    for name, node in [(str(node.name), node) for node in model.graph if node.name in recipe.facts.operators]:
+        operator = recipe.facts.operators[name]
         for index, facts in enumerate(operator.inputs):
             x = node.inputs[index]
             assert x is not None

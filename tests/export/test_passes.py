@@ -63,6 +63,10 @@ def copy(model):
     return ir.from_proto(ir.to_proto(model))
 
 
+def copy_of(recipe, facts):
+    return type(recipe)(facts, recipe.codes, recipe.scales, recipe.shifts, recipe.smoothings)
+
+
 @pytest.fixture(scope="module")
 def w4a8(tiny):
     return Lowered(tiny, weight_bits=4, activation_bits=8)
@@ -89,6 +93,24 @@ def test_group_norm_affine_equals_group_norm(w4a8, tmp_path):
     assert group_norm_affine(model) == count > 0
     assert not any(node.op_type == "GroupNormalization" for node in model.graph)
     np.testing.assert_allclose(w4a8.run(model, tmp_path / "after.onnx"), before, atol=2e-5)
+
+
+def test_a_pair_that_some_readers_share_stands_before_the_first_of_them(w4a8, tmp_path):
+    """Every time projection reads one tensor. Of those in `up`, the last in the module's order runs first."""
+    readers = [name for name in w4a8.operators if name.endswith("temb_proj")]
+    facts = dict(w4a8.recipe.facts.operators)
+    for name in readers:
+        if not name.startswith("up."):
+            (given,) = facts[name].inputs
+            wider = given.model_copy(update={"scale": 2 * given.scale})
+            facts[name] = facts[name].model_copy(update={"inputs": (wider,)})
+    recipe = copy_of(w4a8.recipe, w4a8.recipe.facts.model_copy(update={"operators": facts}))
+    model = copy(w4a8.graph)
+    store_weights(model, recipe)
+    insert_qdq(model, recipe)
+    w4a8.run(model, tmp_path / "parted.onnx")  # which checks the graph
+    pairs = {name: operator_nodes(model)[name].inputs[0] for name in readers}
+    assert len({id(value) for value in pairs.values()}) == 2
 
 
 def test_weights_are_stored_as_the_recipe_has_them(w4a8):

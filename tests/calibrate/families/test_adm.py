@@ -82,7 +82,7 @@ def test_the_published_models_are_known_by_their_keys(shape, facts, tmp_path):
 
 def test_every_operator_has_a_role_and_reaches_the_graph(formula, tmp_path):
     model = load_model(checkpoint(tmp_path, formula, GOLDEN[LEGACY]))
-    operators = quantize(model, QuantScheme(weight_bits=4, activation_bits=8))
+    operators = quantize(model, QuantScheme(weight_bits=4, activation_bits=8, policy="integer"))
     assert operators["input_blocks.0.0"].role == "first"
     assert operators["out.2"].role == "last"
     assert operators["time_embed.0"].role == operators["middle_block.0.emb_layers.1"].role == "time"

@@ -280,7 +280,8 @@ def test_learned_variance_is_refused(tiny, tiny_checkpoint):
 
 
 def test_role_of_every_operator(tiny):
-    operators = quantize_operators(tiny.unet(), QuantScheme(weight_bits=4, activation_bits=8), role_of)
+    scheme = QuantScheme(weight_bits=4, activation_bits=8, policy="integer")
+    operators = quantize_operators(tiny.unet(), scheme, role_of)
     roles = {name: operator.role for name, operator in operators.items()}
     blocks = ["down.0.block.0", "down.1.block.0", "mid.block_1", "mid.block_2"]
     blocks += [f"up.{i}.block.{j}" for i in (0, 1) for j in (0, 1)]
