@@ -41,19 +41,23 @@ TARGETS: Mapping[TargetName, Target] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """Roles that stay in float, and roles that keep 8 bits whatever is asked."""
+    """Roles that stay in float, and roles whose weights or activations keep 8 bits whatever is asked."""
 
     in_float: frozenset[Role]
-    in_8_bits: frozenset[Role]
+    weights_in_8_bits: frozenset[Role]
+    activations_in_8_bits: frozenset[Role]
     describes: str
 
+
+_ENDS: frozenset[Role] = frozenset({"first", "last"})
+_TIME: frozenset[Role] = frozenset({"time"})
 
 # The ends are a thousandth of the network's weights and work. Where noise is strong the output is nearly the input: 8
 # bits of the latent are then 8 bits of the prediction, and at W8A8 most of what the whole network errs by.
 POLICIES: Mapping[PolicyName, Policy] = {
-    "standard": Policy(frozenset({"first", "last"}), frozenset({"time"}), "ends in float, time embedding in 8 bits"),
-    "integer": Policy(frozenset(), frozenset({"first", "last", "time"}), "ends and time embedding in 8 bits"),
-    "uniform": Policy(frozenset(), frozenset(), "the bits asked for, everywhere"),
+    "standard": Policy(_ENDS, frozenset(), _TIME, "ends in float, the time embedding's activations in 8 bits"),
+    "integer": Policy(frozenset(), _ENDS | _TIME, _ENDS | _TIME, "ends and time embedding in 8 bits"),
+    "uniform": Policy(frozenset(), frozenset(), frozenset(), "the bits asked for, everywhere"),
 }
 
 
@@ -67,7 +71,7 @@ class QuantScheme(BaseModel):
     target: TargetName = "cpu"
     policy: PolicyName = "standard"
     container: ContainerName = "packed"  # of weights of up to 4 bits: two in a byte, or one
-    reserve: float = Field(0.1, ge=0, le=1)  # share of the low-bit weights that keeps 8 bits; sensitivity.py says which
+    reserve: float = Field(0.1, ge=0, le=1)  # share of low-bit weights that keeps 8 bits; sensitivity.py
     split: bool = False  # a scale for each part of a concatenation that a convolution reads; splits.py
 
     @property
@@ -84,11 +88,11 @@ class QuantScheme(BaseModel):
         return role in POLICIES[self.policy].in_float
 
     def weight_grid(self, role: Role) -> Grid:
-        kept = role in POLICIES[self.policy].in_8_bits
+        kept = role in POLICIES[self.policy].weights_in_8_bits
         return Grid(8 if kept else self.weight_bits, signed=True, symmetric=True)
 
     def activation_grid(self, role: Role, kind: OperatorKind) -> Grid:
-        bits = 8 if role in POLICIES[self.policy].in_8_bits else self.activation_bits
+        bits = 8 if role in POLICIES[self.policy].activations_in_8_bits else self.activation_bits
         if kind == "matmul":
             return Grid(bits, signed=True, symmetric=True)
         target = TARGETS[self.target]

@@ -100,12 +100,10 @@ def test_every_operator_of_every_form_is_an_integer_kernel(rtx, scheme, tiny, ti
         assert got == dict.fromkeys(operators, "Int8"), gpu
 
 
-@pytest.mark.parametrize(("bits", "reserve", "most"), [(8, 0.1, 0.27), (4, 0.1, 0.16), (4, 0.0, 0.15)])
-def test_the_bundled_model_is_whole_in_integers_and_small_in_memory(
-    rtx, bits, reserve, most, reference_graph, tmp_path
-):
-    model, scheme = load_model(REFERENCE), {"weight_bits": bits, "activation_bits": 8, "reserve": reserve}
-    graph, twin, operators = lowered(model, tmp_path, reference_graph, **scheme)
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.27), (4, 0.15)])
+def test_the_bundled_model_is_whole_in_integers_and_small_in_memory(rtx, bits, most, reference_graph, tmp_path):
+    model = load_model(REFERENCE)
+    graph, twin, operators = lowered(model, tmp_path, reference_graph, weight_bits=bits, activation_bits=8)
     whole = compile_plan(CompileRequest(twin)).weights_bytes
     for gpu in GPUS:
         compiled = compile_plan(CompileRequest(graph, gpu), tmp_path / "plan")
