@@ -167,7 +167,7 @@ def _moments(
 def _columns(operator: QuantizedOperator, inputs: tuple[Tensor, ...]) -> Tensor:
     """What the flattened weight multiplies, (columns, K), of the operator's inputs on their grids."""
     on_grid = []
-    for quantizer, part in zip(operator.quantizers, operator.parts(inputs), strict=True):
+    for quantizer, part in zip(operator.input_quantizers, operator.parts(inputs), strict=True):
         codes, scale = quantizer(part)
         on_grid.append(codes * scale)
     if isinstance(operator, QuantizedConv2d):

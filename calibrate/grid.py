@@ -78,6 +78,11 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
     return centred_codes(x, scale, zero_point, grid) * scale
 
 
+def round_through(x: Tensor) -> Tensor:
+    """round(x), with the gradient of x."""
+    return x + (torch.round(x) - x).detach()
+
+
 class _CentredCodes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero_point, q_min, q_max):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205

@@ -19,7 +19,7 @@ from .trajectory import Progress, Trajectory, call
 OBSERVED_STEPS = 16  # spread over the chain: ranges drift with the noise level, slowly
 OBSERVED_TRAJECTORIES = 16
 
-Key = tuple[str, int, int]  # operator, input, row of its table
+Key = tuple[str, int, int]  # operator, quantizer, row of its table
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def observe(
         peaks: dict[str, Tensor] = {}
 
         def see_peaks(key: Key, x: Tensor) -> None:
-            name = key[0]
-            if name in chosen:
+            name, which, _ = key
+            if name in chosen and which == 0:
                 now = channel_peaks(x, chosen[name])
                 peaks[name] = torch.maximum(peaks[name], now) if name in peaks else now
 
@@ -134,7 +134,7 @@ def _watch(
     see: Callable[[Key, Tensor], None],
     tell: Callable[[], None],
 ) -> None:
-    """Run the float network over the teacher's states at `rows` and show `see` every operator input."""
+    """Run the float network over the teacher's states at `rows` and show `see` all that has a quantizer."""
     at = 0
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -144,8 +144,15 @@ def _watch(
 
         return look
 
+    def behind(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def look(_: nn.Module, __: tuple[Any, ...], y: Tensor) -> None:
+            see((name, len(operators[name].inputs), at), y)
+
+        return look
+
     device, some = next(network.parameters()).device, slice(OBSERVED_TRAJECTORIES)
     handles = [op.register_forward_pre_hook(hook(name)) for name, op in operators.items()]
+    handles += [op.register_forward_hook(behind(name)) for name, op in operators.items() if op.output is not None]
     try:
         with quantization(operators, active=False):
             for i in rows:

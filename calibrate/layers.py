@@ -2,6 +2,8 @@
 
     y = s_a s_w (q_a - z_a) * q_w + b       one scale per tensor for x, one per output channel for w, float bias
 
+and, where a target's kernel writes 8 bits, y on a grid of its own, and b on that of the sum, s_a s_w times integers.
+
 The simulation multiplies codes, as the hardware does, and scales afterwards: that is exact in float32, and stays exact
 with bfloat16 operands (codes are integers up to 255), which CPUs with AVX512-BF16 run twice as fast.
 
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..runtime.errors import AccuQuantError
-from .grid import Grid, centred_codes
+from .grid import Grid, centred_codes, round_through
 from .rounding import WeightQuantizer
 from .scheme import OperatorKind, QuantScheme, Role
 
@@ -75,7 +77,10 @@ class ActivationQuantizer(nn.Module):
 
 
 class QuantizedOperator(nn.Module):
-    """What every quantized operator has: name, role, switch, a quantizer per activation input, a type to compute in."""
+    """What every quantized operator has: name, role, switch, a quantizer per activation input, a type to compute in.
+
+    `output` is the quantizer of what it writes, None where kernels write floats.
+    """
 
     kind: OperatorKind
 
@@ -84,6 +89,7 @@ class QuantizedOperator(nn.Module):
         self.name, self.role, self.active = name, role, False
         self.compute = torch.float32
         self.inputs = nn.ModuleList(ActivationQuantizer(grid) for grid in input_grids)
+        self.output: ActivationQuantizer | None = None
         self.weight_quantizer = weight
         self.shift: nn.Parameter | None = None
         self.smoothing: Tensor | None = None  # (C,) of the input, which smooth.py moved into the weight
@@ -105,16 +111,28 @@ class QuantizedOperator(nn.Module):
         raise TypeError(f"{self.name} has no weight")
 
     @property
-    def quantizers(self) -> list[ActivationQuantizer]:
+    def input_quantizers(self) -> list[ActivationQuantizer]:
         return cast(list[ActivationQuantizer], list(self.inputs))
 
+    @property
+    def quantizers(self) -> list[ActivationQuantizer]:
+        """Those of the inputs in their order, and that of the output behind them."""
+        return self.input_quantizers + ([] if self.output is None else [self.output])
+
     def parts(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What each quantizer sees of the operator's inputs."""
+        """What each input quantizer sees of the operator's inputs."""
         return inputs
 
     def input_codes(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        codes, scale = self.quantizers[index](x)
+        codes, scale = self.input_quantizers[index](x)
         return codes.to(self.compute), scale
+
+    def written(self, y: Tensor) -> Tensor:
+        """What the kernel's reader gets of the result."""
+        if self.output is None:
+            return y
+        codes, scale = self.output(y)
+        return codes * scale
 
     def weight_codes(self) -> tuple[Tensor, Tensor]:
         """Codes (C, ...) in the compute type and scale (C,) in float32."""
@@ -123,19 +141,33 @@ class QuantizedOperator(nn.Module):
 
 
 class QuantizedConv2d(QuantizedOperator):
-    """A convolution; with `split`, the input's first channels and the others have a quantizer each."""
+    """A convolution; with `split`, the input's first channels and the others have a quantizer each.
+
+    Raises:
+        AccuQuantError: padding that is not zero, or a split whose parts would be written on grids of their own.
+    """
 
     kind = "conv"
 
     def __init__(
-        self, name: str, role: Role, conv: nn.Conv2d, weight: Grid, activation: Grid, split: int | None = None
+        self,
+        name: str,
+        role: Role,
+        conv: nn.Conv2d,
+        weight: Grid,
+        activation: Grid,
+        split: int | None = None,
+        output: Grid | None = None,
     ) -> None:
         grids = [activation] if split is None else [activation, activation]
         super().__init__(name, role, grids, WeightQuantizer(conv.weight, weight))
         if conv.padding_mode != "zeros":
             raise AccuQuantError(f"layer {name} pads with {conv.padding_mode!r}; only zero padding stays zero in codes")
+        if split is not None and output is not None:
+            raise AccuQuantError(f"layer {name}: a split convolution cannot write 8 bits; leave --split out")
         self.conv = conv.requires_grad_(False)
         self.split = split
+        self.output = None if output is None else ActivationQuantizer(output)
 
     @property
     def layer(self) -> nn.Conv2d | nn.Linear:
@@ -160,7 +192,9 @@ class QuantizedConv2d(QuantizedOperator):
             y = scaled if y is None else y + scaled
         assert y is not None
         bias = self.bias(self.conv.bias)
-        return y if bias is None else y + bias[:, None, None]
+        if bias is not None and self.output is not None:
+            bias = round_through(bias / (scale * w_scale)) * (scale * w_scale)
+        return self.written(y if bias is None else y + bias[:, None, None])
 
 
 class QuantizedLinear(QuantizedOperator):
@@ -227,6 +261,7 @@ def quantize_operators(
                 scheme.weight_grid(role),
                 scheme.activation_grid(role, "conv"),
                 (splits or {}).get(name),
+                scheme.output_grid("conv"),
             )
         elif isinstance(module, nn.Linear):
             made[name] = QuantizedLinear(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..runtime.errors import AccuQuantError
 from ..runtime.files import atomic, write_text
-from .layers import QuantizedOperator
+from .layers import ActivationQuantizer, QuantizedOperator
 from .scheme import OperatorKind, QuantScheme, Role
 
 
@@ -37,7 +37,7 @@ class ActivationRecipe(BaseModel):
 
 
 class OperatorRecipe(BaseModel):
-    """One operator: its inputs and, if it has a weight, that weight's bits."""
+    """One operator: its inputs, its weight's bits if it has one, and its output if that is not written in float."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,6 +45,7 @@ class OperatorRecipe(BaseModel):
     role: Role
     weight_bits: int | None
     inputs: tuple[ActivationRecipe, ...]
+    output: ActivationRecipe | None = None
 
 
 class RecipeFacts(BaseModel):
@@ -124,24 +125,6 @@ def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provena
     shifts: dict[str, Tensor] = {}
     smoothings: dict[str, Tensor] = {}
     for name, operator in operators.items():
-        inputs = []
-        for quantizer in operator.quantizers:
-            grid = quantizer.grid
-            rows = tuple(quantizer.scale.reshape(-1).tolist())
-            try:
-                inputs.append(
-                    ActivationRecipe(
-                        bits=grid.bits,
-                        signed=grid.signed,
-                        scale=rows[0],
-                        zero_point=int(quantizer.zero_point.clamp(grid.q_min, grid.q_max).round()),
-                        rows=rows if len(rows) > 1 else (),
-                    )
-                )
-            except (ValidationError, ValueError, OverflowError) as error:
-                raise AccuQuantError(
-                    f"layer {name}: activation scale {quantizer.scale.tolist()}; calibrate again"
-                ) from error
         weight = operator.weight_quantizer
         if weight is not None:
             codes[name] = weight.codes().cpu()
@@ -154,9 +137,25 @@ def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provena
             kind=operator.kind,
             role=operator.role,
             weight_bits=None if weight is None else weight.grid.bits,
-            inputs=tuple(inputs),
+            inputs=tuple(_frozen(name, quantizer) for quantizer in operator.input_quantizers),
+            output=None if operator.output is None else _frozen(name, operator.output),
         )
     table = next((q.table for op in operators.values() for q in op.quantizers), None)
     bounds = () if table is None else table.bounds
     known = RecipeFacts(scheme=scheme, operators=facts, step_bounds=bounds, provenance=provenance)
     return Recipe(known, codes, scales, shifts, smoothings)
+
+
+def _frozen(name: str, quantizer: ActivationQuantizer) -> ActivationRecipe:
+    grid = quantizer.grid
+    rows = tuple(quantizer.scale.reshape(-1).tolist())
+    try:
+        return ActivationRecipe(
+            bits=grid.bits,
+            signed=grid.signed,
+            scale=rows[0],
+            zero_point=int(quantizer.zero_point.clamp(grid.q_min, grid.q_max).round()),
+            rows=rows if len(rows) > 1 else (),
+        )
+    except (ValidationError, ValueError, OverflowError) as error:
+        raise AccuQuantError(f"layer {name}: activation scale {quantizer.scale.tolist()}; calibrate again") from error

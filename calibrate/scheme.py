@@ -15,7 +15,7 @@ from .grid import Grid
 
 Role = Literal["first", "last", "time", "body", "attention"]
 OperatorKind = Literal["conv", "linear", "matmul"]
-TargetName = Literal["cpu", "tensorrt"]
+TargetName = Literal["cpu", "onnxruntime", "tensorrt"]
 PolicyName = Literal["standard", "integer", "uniform"]
 ContainerName = Literal["packed", "int8"]
 
@@ -29,12 +29,15 @@ class Target:
     activation_signed: bool
     activation_symmetric: bool
     describes: str
+    conv_output: bool = False  # integer convolutions write 8 bits too
 
 
 # CPU kernels (VNNI) take unsigned, shifted activations at no cost, which is worth 3-4 dB after SiLU; between two
-# activations (attention) they want signed ones. TensorRT takes symmetric int8 and nothing else.
+# activations (attention) they want signed ones. ONNX Runtime's integer convolution writes 8 bits as well as it reads
+# them. TensorRT takes symmetric int8 and nothing else.
 TARGETS: Mapping[TargetName, Target] = {
-    "cpu": Target(False, False, "OpenVINO or ONNX Runtime on CPU: uint8 activations with zero point"),
+    "cpu": Target(False, False, "OpenVINO on CPU: uint8 activations with zero point"),
+    "onnxruntime": Target(False, False, "ONNX Runtime on CPU: uint8 into and out of convolutions", conv_output=True),
     "tensorrt": Target(True, True, "TensorRT and TensorRT-RTX: symmetric int8 activations"),
 }
 
@@ -97,6 +100,13 @@ class QuantScheme(BaseModel):
             return Grid(bits, signed=True, symmetric=True)
         target = TARGETS[self.target]
         return Grid(bits, signed=target.activation_signed, symmetric=target.activation_symmetric)
+
+    def output_grid(self, kind: OperatorKind) -> Grid | None:
+        """The grid on which the target's kernel writes its result, if it does not write floats."""
+        target = TARGETS[self.target]
+        if kind != "conv" or not target.conv_output:
+            return None
+        return Grid(8, signed=target.activation_signed, symmetric=target.activation_symmetric)
 
 
 def parse_bits(text: str) -> tuple[int, int]:

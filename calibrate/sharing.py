@@ -49,8 +49,12 @@ def tabulate(network: nn.Module, operators: dict[str, QuantizedOperator], plan: 
     """Give every activation quantizer a table of about `rows` sets, cut from `plan` in stretches of equal count.
 
     Raises:
-        AccuQuantError: a stretch without a timestep of its own.
+        AccuQuantError: a stretch without a timestep of its own, or operators that write on one grid at all steps.
     """
+    if fixed := [name for name, operator in operators.items() if operator.output is not None]:
+        raise AccuQuantError(
+            f"layer {fixed[0]} writes 8 bits on this target, on one grid for all steps; use one set (table=1)"
+        )
     stretches = cut(plan, -(-len(plan) // rows))
     bounds = [min(plan.steps[i].timestep for i in range(g.start, g.stop)) for g in stretches]
     table = StepTable(tuple(bounds[:-1]))

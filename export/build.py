@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..calibrate.journal import Journal
 from ..calibrate.layers import QuantizedOperator
 from ..calibrate.model import DiffusionModel, quantize
 from ..calibrate.optimize import Outcome, calibrate
-from ..calibrate.recipe import Recipe, freeze
+from ..calibrate.recipe import ActivationRecipe, Recipe, freeze
 from ..calibrate.scheme import QuantScheme
 from ..calibrate.sensitivity import keep_sensitive
 from ..calibrate.spec import CalibrationSpec
@@ -212,8 +213,9 @@ def _compare_layers(
     """Every layer alone against its simulation: as the standard defines it and, where this machine can, as it runs."""
     alike = {"reference": layer_parity(path, operators, plan, judge), "engine": {}}
     check_layers(alike["reference"], "the graph")
-    if request.scheme.target == "cpu":
-        alike["engine"] = layer_parity(path, operators, plan, judge, open_engine)
+    if request.scheme.target != "tensorrt":
+        here = partial(open_engine, target=request.scheme.target)
+        alike["engine"] = layer_parity(path, operators, plan, judge, here)
         check_layers(alike["engine"], "this machine's engine", ENGINE_LEAST)
     return alike
 
@@ -254,11 +256,16 @@ def _operator_facts(recipe: Recipe) -> dict[str, OperatorFacts]:
             role=operator.role,
             weight_bits=operator.weight_bits,
             weight_container=container,
-            inputs=tuple(f"{'int' if i.signed else 'uint'}{i.bits}" for i in operator.inputs),
+            inputs=tuple(_grid_name(i) for i in operator.inputs),
+            output=None if operator.output is None else _grid_name(operator.output),
             parameters=count,
             stored_bytes=(count + 1) // 2 if container == "int4" else count,
         )
     return facts
+
+
+def _grid_name(facts: ActivationRecipe) -> str:
+    return f"{'int' if facts.signed else 'uint'}{facts.bits}"
 
 
 def _write_manifest(
@@ -300,7 +307,7 @@ def _write_report(
             role=facts.role,
             weight_bits=facts.weight_bits,
             weight_container=facts.weight_container,
-            inputs=" x ".join(facts.inputs),
+            inputs=" x ".join(facts.inputs) + (f" -> {facts.output}" if facts.output else ""),
             parameters=facts.parameters,
             stored_bytes=facts.stored_bytes,
             runs_as=comparison.runs_as.get(name, "not inspected"),

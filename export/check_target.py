@@ -1,12 +1,14 @@
 """Does a lowered graph keep its target's rules? A lint that names the node, the rule and the repair.
 
 Compilers accept much that they then run in float, or run wrongly; these are the rules under which they do neither. The
-TensorRT ones were measured on TensorRT-RTX 1.7, the CPU ones on OpenVINO 2026.4:
+TensorRT ones were measured on TensorRT-RTX 1.7, the CPU ones on OpenVINO 2026.4 and ONNX Runtime 1.32:
 
     operands    both inputs of a quantized operator come from DequantizeLinear, through Reshape or Transpose at most
     scales      finite and positive; an activation's is a rank-0 float32 constant; a weight's one per output channel
     tensorrt    signed int8 with zero points of zero; float biases; int4 only through a requantization, and of even size
     cpu         no signed 8-bit quantizer behind a Concat: OpenVINO 2026.4 loses the sign there
+    onnxruntime a convolution writes 8 bits, linear layers are MatMul, weights reach DequantizeLinear as int8: all else
+                is multiplied in float, after dequantizing the weights at every step
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -54,7 +56,14 @@ class Operand:
 
     @property
     def is_weight(self) -> bool:
-        return self.codes.const_value is not None or self.requantized is not None
+        return self.codes.const_value is not None or self.requantized is not None or self.widened
+
+    @property
+    def widened(self) -> bool:
+        """Are its codes a constant of another type?"""
+        cast = self.codes.producer()
+        source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+        return source is not None and source.const_value is not None
 
     @property
     def requantized(self) -> ir.Node | None:
@@ -62,7 +71,10 @@ class Operand:
         quantize = self.codes.producer()
         source = quantize.inputs[0] if quantize is not None and quantize.op_type == "QuantizeLinear" else None
         outer = source.producer() if source is not None else None
-        return outer if outer is not None and outer.op_type == "DequantizeLinear" else None
+        if outer is None or outer.op_type != "DequantizeLinear":
+            return None
+        stored = outer.inputs[0]
+        return outer if stored is not None and stored.const_value is not None else None
 
 
 Rule = Callable[[Operand], Iterator[Violation]]
@@ -96,8 +108,7 @@ def violations(model: ir.Model, operators: Iterable[str], target: TargetName) ->
                 found.append(operand)
             else:
                 found += [v for rule in RULES[target] for v in rule(operand)]
-        if target == "tensorrt" and len(node.inputs) > 2:
-            found += _float_bias(node)
+        found += [v for rule in NODE_RULES[target] for v in rule(node)]
     return found
 
 
@@ -171,8 +182,26 @@ def _no_sign_behind_concat(operand: Operand) -> Iterator[Violation]:
         yield Violation(operand.where, f"is signed and reads {producer.name}", "use uint8 with zero point 128")
 
 
+def _weights_as_int8(operand: Operand) -> Iterator[Violation]:
+    codes = operand.codes.const_value
+    if codes is not None and codes.dtype in (ir.DataType.INT4, ir.DataType.UINT4):
+        yield Violation(operand.where, "feeds int4 straight into DequantizeLinear", "cast it to int8 before")
+
+
+def _linear_is_matmul(node: ir.Node) -> Iterator[Violation]:
+    if node.op_type == "Gemm":
+        yield Violation(node.name or "?", "is a Gemm, which is multiplied in float there", "use MatMul and Add")
+
+
+def _conv_writes_8_bits(node: ir.Node) -> Iterator[Violation]:
+    readers = {usage.node.op_type for usage in node.outputs[0].uses()}
+    if node.op_type == "Conv" and readers != {"QuantizeLinear"}:
+        read = ", ".join(sorted(readers)) or "the graph's output"
+        yield Violation(node.name or "?", f"writes floats for {read}", "put one QuantizeLinear directly behind it")
+
+
 def _float_bias(node: ir.Node) -> Iterator[Violation]:
-    bias = node.inputs[2]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
     producer = bias.producer() if bias is not None else None
     if producer is not None and producer.op_type == "DequantizeLinear":
         yield Violation(node.name or "?", "has a quantized bias", "keep biases float")
@@ -191,4 +220,11 @@ def _output_axis(operator: ir.Node) -> int:
 RULES: Mapping[TargetName, tuple[Rule, ...]] = {
     "tensorrt": (_scales, _symmetric_int8, _int4_in_two_steps),
     "cpu": (_scales, _no_sign_behind_concat),
+    "onnxruntime": (_scales, _weights_as_int8),
+}
+
+NODE_RULES: Mapping[TargetName, tuple[Callable[[ir.Node], Iterator[Violation]], ...]] = {
+    "tensorrt": (_float_bias,),
+    "cpu": (),
+    "onnxruntime": (_linear_is_matmul, _conv_writes_8_bits),
 }

@@ -25,7 +25,7 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="A diffusion model's .ckpt, .pt, .pth or .safetensors.")],
     bits: Annotated[str, typer.Option(help="Weights/activations, such as 4/8 or 8/8; 4 means 4/8.")] = "8/8",
     out: Annotated[Path | None, typer.Option(help="Bundle folder [NAME-w4a8 in this folder].")] = None,
-    target: Annotated[str, typer.Option(help="Whose integer kernels: cpu or tensorrt.")] = "cpu",
+    target: Annotated[str, typer.Option(help="Whose kernels: cpu (OpenVINO), onnxruntime or tensorrt.")] = "cpu",
     preset: Annotated[str, typer.Option(help="Calibration effort: smoke, default or best.")] = "default",
     sampler: Annotated[str | None, typer.Option(help=f"One of {', '.join(SAMPLERS)} [the family's].")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps [the family's].")] = None,

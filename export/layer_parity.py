@@ -32,6 +32,7 @@ from .graph import operator_nodes, save_graph
 LEAST, ENGINE_LEAST = 60.0, 45.0  # dB, of the standard's execution and of an engine's
 STEPS, TRAJECTORIES = 3, 2
 OpenEngine = Callable[[Path, EngineOptions], Engine]
+WRITTEN = ".output.dequantize"
 QUANTIZATION = ("DequantizeLinear", "QuantizeLinear", "Clip")
 
 
@@ -122,7 +123,7 @@ def operator_places(model: ir.Model, operators: Mapping[str, QuantizedOperator])
         operator, node = operators[name], nodes[name]
         if operator.kind == "matmul":
             inputs = tuple(_float_input(node, name, index) for index in (0, 1))
-        elif len(operator.quantizers) == 2:
+        elif len(operator.input_quantizers) == 2:
             inputs = (_float_input(node, name, 0), _float_input(nodes[f"{name}.second"], f"{name}.second", 0))
         else:
             inputs = (_float_input(node, name, 0),)
@@ -136,6 +137,8 @@ def _float_input(node: ir.Node, name: str, index: int) -> ir.Value:
     assert value is not None
     ours = {f"{name}.smooth", f"{name}.input{index}.divide"}
     while (producer := value.producer()) and (producer.op_type in QUANTIZATION or producer.name in ours):
+        if producer.name and producer.name.endswith(WRITTEN):  # on the grid of another's output, which is not undone
+            break
         above = producer.inputs[0]
         assert above is not None
         value = above

@@ -1,5 +1,7 @@
 """From the float graph and a recipe to the graphs of a bundle: the quantized denoiser and its full-precision twin."""
 
+from collections.abc import Callable, Mapping
+
 import onnx_ir as ir
 
 from ..calibrate.recipe import Recipe
@@ -7,29 +9,44 @@ from ..calibrate.scheme import TargetName
 from .passes.correct_bias import correct_bias
 from .passes.group_norm_affine import group_norm_affine
 from .passes.insert_qdq import insert_qdq
+from .passes.linear_as_matmul import linear_as_matmul
+from .passes.quantize_outputs import quantize_outputs
 from .passes.requantize_int4 import requantize_int4
 from .passes.smooth_inputs import smooth_inputs
 from .passes.split_shortcuts import split_shortcuts
 from .passes.step_table import step_table
 from .passes.store_weights import store_weights
+from .passes.widen_int4 import widen_int4
 
-# Rewrites that make the float part faster on a target and change nothing else; the twin gets them too, so that a
+# Rewrites that give the float part the form a target likes and change nothing else; the twin gets them too, so that a
 # speed-up is measured against the best fp graph we know.
-FLOAT_REWRITES = {"cpu": (group_norm_affine,), "tensorrt": ()}
+FLOAT_REWRITES: Mapping[TargetName, tuple[Callable[[ir.Model], int], ...]] = {
+    "cpu": (group_norm_affine,),
+    "onnxruntime": (group_norm_affine, linear_as_matmul),
+    "tensorrt": (),
+}
+
+# Rewrites that give stored weights and written results the form of a target's integer kernels.
+KERNEL_REWRITES: Mapping[TargetName, tuple[Callable[[ir.Model, Recipe], int], ...]] = {
+    "cpu": (),
+    "onnxruntime": (widen_int4, quantize_outputs),
+    "tensorrt": (requantize_int4,),
+}
 
 
 def lower(float_graph: ir.Model, recipe: Recipe, target: TargetName) -> tuple[ir.Model, ir.Model]:
     """(quantized, twin); `float_graph` is left as it is."""
     twin, quantized = _copy(float_graph), _copy(float_graph)
     for model in (twin, quantized):
-        for rewrite in FLOAT_REWRITES[target]:
-            rewrite(model)
+        for reform in FLOAT_REWRITES[target]:
+            reform(model)
     recipe = split_shortcuts(quantized, recipe)
     correct_bias(quantized, recipe)
     smooth_inputs(quantized, recipe)
     recipe = step_table(quantized, recipe)
     store_weights(quantized, recipe)
-    requantize_int4(quantized, recipe)
+    for rewrite in KERNEL_REWRITES[target]:
+        rewrite(quantized, recipe)
     insert_qdq(quantized, recipe)
     return quantized, twin
 

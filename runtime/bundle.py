@@ -41,6 +41,7 @@ class OperatorFacts(BaseModel):
     weight_bits: int | None
     weight_container: str
     inputs: tuple[str, ...]
+    output: str | None = None  # None: it writes floats
     parameters: int
     stored_bytes: int
 

@@ -36,9 +36,10 @@ class Side(NamedTuple):
 def sides_of(bundle: Bundle, engine: str) -> list[Side]:
     """fp32 first, that all others are compared with."""
     short = {"float32": "fp32", "bfloat16": "bf16"}
-    twins = [Side(short[rest], "twin", rest) for rest in rests(engine)]
+    known = rests(engine, bundle.manifest.target)
+    twins = [Side(short[rest], "twin", rest) for rest in known]
     scheme = bundle.manifest.scheme
-    return [*twins, *(Side(f"{scheme}, {short[rest]} rest", "denoiser", rest) for rest in rests(engine))]
+    return [*twins, *(Side(f"{scheme}, {short[rest]} rest", "denoiser", rest) for rest in known)]
 
 
 def bench(

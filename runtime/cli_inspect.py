@@ -57,7 +57,7 @@ def inspect(
 
 
 def _here(bundle: Bundle, name: str) -> dict[str, Any]:
-    engine = open_engine(bundle.graph("denoiser"), EngineOptions(batch=1), name)
+    engine = open_engine(bundle.graph("denoiser"), EngineOptions(batch=1), name, bundle.manifest.target)
     try:
         verdicts = judge(bundle.manifest.operators, operator_precisions(engine, bundle.manifest.operators))
         return {"engine": engine.name, "verdicts": verdicts, "weights_bytes": 0, "note": ""}

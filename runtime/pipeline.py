@@ -34,7 +34,8 @@ class Pipeline:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(Path(bundle))
         self.plan, self.shape = self.bundle.plan, self.bundle.manifest.sample_shape
         self.batch = batch
-        self.engine = open_engine(self.bundle.graph(network), EngineOptions(batch, threads, rest), engine)
+        options, target = EngineOptions(batch, threads, rest), self.bundle.manifest.target
+        self.engine = open_engine(self.bundle.graph(network), options, engine, target)
 
     def generate(self, seeds: Sequence[int], on_step: OnStep | None = None) -> np.ndarray:
         """Final latents, float32 (len(seeds), C, H, W), in the order of `seeds`.

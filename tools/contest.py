@@ -155,11 +155,11 @@ class Arena:
             quantized, twin = lower(self.float_graph, freeze(operators, scheme, {}), scheme.target)
             path = Path(folder) / "denoiser.onnx"
             save_graph(quantized, path)
-            latents, engine = sample(path, self.plan, self.n, self.shape)
+            latents, engine = sample(path, self.plan, self.n, self.shape, scheme.target)
             if self.fp is None:
                 path = Path(folder) / "twin.onnx"
                 save_graph(twin, path)
-                self.fp, _ = sample(path, self.plan, self.n, self.shape)
+                self.fp, _ = sample(path, self.plan, self.n, self.shape, scheme.target)
             return latents, engine
 
     def _errors_by_step(self, model: DiffusionModel, operators: Any) -> dict[str, list[float]]:
@@ -212,9 +212,9 @@ def compare(fp: np.ndarray, quantized: np.ndarray) -> dict[str, Any]:
     }
 
 
-def sample(path: Path, plan: SamplingPlan, n: int, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
+def sample(path: Path, plan: SamplingPlan, n: int, shape: tuple[int, ...], target: str) -> tuple[np.ndarray, str]:
     """Final latents (n, *shape) of seeds 0..n-1 on this machine's best engine, and its name."""
-    engine = open_engine(path, EngineOptions(batch=BATCH))
+    engine = open_engine(path, EngineOptions(batch=BATCH), target=target)
     done = []
     for first in range(0, n, BATCH):
         seeds = range(first, first + BATCH)

@@ -20,7 +20,7 @@ def _onnxruntime() -> type[Engine]:
     return OnnxRuntimeEngine
 
 
-# Order is preference: OpenVINO runs our Q/DQ graphs wholly in int8, ONNX Runtime mostly in float.
+# Order is preference: OpenVINO runs our Q/DQ graphs wholly in int8, ONNX Runtime only those made for it.
 ENGINES: dict[str, Callable[[], type[Engine]]] = {"openvino": _openvino, "onnxruntime": _onnxruntime}
 
 
@@ -29,26 +29,26 @@ def available() -> list[str]:
     return [name for name in ENGINES if importlib.util.find_spec(name) is not None]
 
 
-def open_engine(path: Path, options: EngineOptions, name: str = "auto") -> Engine:
-    """Compile the graph at `path` with engine `name`, or with the best one installed.
+def open_engine(path: Path, options: EngineOptions, name: str = "auto", target: str = "") -> Engine:
+    """Compile the graph at `path` with engine `name`, or with the best one installed for a bundle's `target`.
 
     Raises:
         AccuQuantError: unknown name, its library is not installed, or it has no `options.rest` on this machine.
     """
-    return _class(name)(path, options)
+    return _class(name, target)(path, options)
 
 
-def rests(name: str = "auto") -> tuple[Rest, ...]:
+def rests(name: str = "auto", target: str = "") -> tuple[Rest, ...]:
     """What engine `name` can compute in here besides integers, float32 first; raises as `open_engine` does."""
-    return _class(name).rests()
+    return _class(name, target).rests()
 
 
-def _class(name: str) -> type[Engine]:
+def _class(name: str, target: str) -> type[Engine]:
     installed = available()
     if name == "auto":
         if not installed:
             raise AccuQuantError("no engine is installed; install one with: pip install 'accuquant[cpu]'")
-        name = installed[0]
+        name = target if target in installed else installed[0]
     if name not in ENGINES:
         raise AccuQuantError(f"unknown engine {name!r}; known: {', '.join(ENGINES)}")
     if name not in installed:

@@ -36,7 +36,7 @@ def test_codes_stay_within_the_bits_that_were_asked_for(operators):
     recipe = freeze(operators, SCHEME, {})
     for name, codes in recipe.codes.items():
         bits = recipe.facts.operators[name].weight_bits
-        assert bits == (4 if operators[name].role in ("body", "attention") else 8)
+        assert bits == SCHEME.weight_bits
         assert codes.dtype == torch.int8
         assert codes.min() >= -(1 << (bits - 1))
         assert codes.max() <= (1 << (bits - 1)) - 1

@@ -7,7 +7,7 @@ from accuquant.calibrate.families.ddim import role_of
 from accuquant.calibrate.initialise import initialise
 from accuquant.calibrate.layers import quantize_operators
 from accuquant.calibrate.recipe import freeze
-from accuquant.calibrate.scheme import QuantScheme
+from accuquant.calibrate.scheme import TARGETS, QuantScheme
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import simulate
 from accuquant.export.check_target import check_target, violations
@@ -20,7 +20,7 @@ from accuquant.runtime.errors import AccuQuantError
 def made(tiny):
     """Lowered W4A8 graphs by target, and the operators' names."""
     graphs = {}
-    for target in ("cpu", "tensorrt"):
+    for target in TARGETS:
         network = tiny.unet()
         plan = trace("ddim", tiny.NOISE_SCHEDULE, 4)
         scheme = QuantScheme(weight_bits=4, activation_bits=8, target=target)
@@ -40,7 +40,7 @@ def graph(made, request):
 CONV, LINEAR = "up.0.block.0.nin_shortcut", "temb.dense.0"
 
 
-@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_our_graphs_keep_the_rules(made, target):
     assert violations(made[0][target], made[1], target) == []
 
@@ -116,6 +116,21 @@ def odd_int4(model):
     outer.replace_input_with(0, constant(model, "odd", np.zeros((3, 3), ml_dtypes.int4)))
 
 
+def int4_without_cast(model):
+    weight = dequantizer(model, index=1)
+    weight.replace_input_with(0, weight.inputs[0].producer().inputs[0])
+
+
+def float_reader(model):
+    conv = operator_nodes(model)[CONV]
+    other = ir.Node("", "Relu", [conv.outputs[0]], name="other")
+    model.graph.insert_after(conv, other)
+
+
+def gemm(model):
+    operator_nodes(model)[LINEAR].op_type = "Gemm"
+
+
 def quantized_bias(model):
     node = operator_nodes(model)[CONV]
     codes, scale = constant(model, "b", np.zeros(32, np.int32)), constant(model, "bs", np.array(0.1, np.float32))
@@ -140,6 +155,15 @@ def quantized_bias(model):
         ("tensorrt", straight_int4, f"{CONV}, input 1", "int4 straight", "requantize"),
         ("tensorrt", odd_int4, f"{CONV}, input 1", "int4 tensor of 9 elements", "odd sizes as int8"),
         ("tensorrt", quantized_bias, CONV, "quantized bias", "keep biases float"),
+        ("onnxruntime", int4_without_cast, f"{CONV}, input 1", "int4 straight", "cast it to int8"),
+        (
+            "onnxruntime",
+            float_reader,
+            CONV,
+            "writes floats for QuantizeLinear, Relu",
+            "one QuantizeLinear directly behind",
+        ),
+        ("onnxruntime", gemm, LINEAR, "is a Gemm", "MatMul and Add"),
     ],
     indirect=["graph"],
     ids=lambda v: getattr(v, "__name__", None),

@@ -1,5 +1,7 @@
 """Layer by layer, graph and simulation on the same inputs: alike in every form, and the culprit named when not."""
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -18,7 +20,7 @@ from accuquant.calibrate.trajectory import simulate
 from accuquant.export.graph import operator_nodes, save_graph, trace_float
 from accuquant.export.layer_parity import ENGINE_LEAST, LEAST, check_layers, layer_parity, operator_places, reference
 from accuquant.export.lower import lower
-from accuquant.runtime.engines.openvino import OpenVINOEngine
+from accuquant.runtime.engines import open_engine
 from accuquant.runtime.errors import AccuQuantError
 from torch import nn
 
@@ -55,6 +57,7 @@ FORMS = {
     "w4a8": {"weight_bits": 4, "activation_bits": 8},
     "w4a6 table": {"weight_bits": 4, "activation_bits": 6, "table": 2},
     "split smoothed biased": {"weight_bits": 4, "activation_bits": 8, "split": True, "smoothing": 0.5, "bias": True},
+    "onnxruntime": {"weight_bits": 4, "activation_bits": 8, "target": "onnxruntime", "bias": True, "smoothing": 0.5},
     "tensorrt table": {"weight_bits": 4, "activation_bits": 8, "target": "tensorrt", "table": 2, "bias": True},
 }
 
@@ -68,14 +71,16 @@ def lowered(request, tiny, tmp_path_factory):
 def test_the_reference_computes_every_layer_as_the_simulation_does(lowered):
     parity = lowered.parity()
     assert parity.keys() == lowered.operators.keys()
-    assert min(parity.values()) > 100  # float32 in another order, no flip
+    # Float32 in another order; where a result is rounded again, one flip among few numbers.
+    written = {name for name, operator in lowered.operators.items() if operator.output is not None}
+    assert min(db for name, db in parity.items() if name not in written) > 100
+    assert min(parity.values()) > LEAST
 
 
 def test_the_engine_computes_every_layer_as_the_simulation_does(lowered):
-    if lowered.scheme.target != "cpu":
-        pytest.skip("a graph for TensorRT is not run by OpenVINO")
-    parity = lowered.parity(OpenVINOEngine)
-    check_layers(parity, "OpenVINO", ENGINE_LEAST)
+    if lowered.scheme.target == "tensorrt":
+        pytest.skip("a graph for TensorRT is not run on CPUs")
+    check_layers(lowered.parity(partial(open_engine, target=lowered.scheme.target)), "the engine", ENGINE_LEAST)
 
 
 def test_operators_come_in_the_order_of_the_graph(lowered):

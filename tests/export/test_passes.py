@@ -18,6 +18,7 @@ from accuquant.export.graph import operator_nodes, save_graph, trace_float
 from accuquant.export.lower import lower
 from accuquant.export.passes.group_norm_affine import group_norm_affine
 from accuquant.export.passes.insert_qdq import insert_qdq
+from accuquant.export.passes.linear_as_matmul import linear_as_matmul
 from accuquant.export.passes.store_weights import store_weights
 from accuquant.export.verify import check_graph, sqnr
 from accuquant.runtime.engines import open_engine
@@ -147,7 +148,15 @@ def test_only_operator_inputs_get_quantizers(w4a8):
 
 
 @pytest.mark.parametrize(
-    ("bits", "target"), [((8, 8), "cpu"), ((4, 8), "cpu"), ((4, 6), "cpu"), ((8, 8), "tensorrt"), ((4, 4), "tensorrt")]
+    ("bits", "target"),
+    [
+        ((8, 8), "cpu"),
+        ((4, 8), "cpu"),
+        ((4, 6), "cpu"),
+        ((8, 8), "tensorrt"),
+        ((4, 4), "tensorrt"),
+        ((4, 8), "onnxruntime"),
+    ],
 )
 def test_lowered_graph_computes_what_the_simulation_computes(tiny, tmp_path, bits, target):
     lowered = Lowered(tiny, weight_bits=bits[0], activation_bits=bits[1], target=target)
@@ -158,6 +167,67 @@ def test_lowered_graph_computes_what_the_simulation_computes(tiny, tmp_path, bit
     # Rounding flips spread, so the two executions are held against full precision, not against each other.
     assert sqnr(fp, out) == pytest.approx(sqnr(fp, simulation), abs=0.5)
     assert sqnr(simulation, out) > sqnr(fp, simulation) + 3
+
+
+@pytest.fixture(scope="module")
+def for_onnxruntime(tiny):
+    return Lowered(tiny, weight_bits=4, activation_bits=8, target="onnxruntime")
+
+
+def test_onnxruntime_multiplies_every_operator_in_integers(for_onnxruntime, tmp_path):
+    """By its own profile; 4-bit weights were widened while loading."""
+    quantized, twin = lower(for_onnxruntime.graph, for_onnxruntime.recipe, "onnxruntime")
+    for_onnxruntime.run(quantized, tmp_path / "q.onnx", exact=False)
+    kernels = open_engine(tmp_path / "q.onnx", EngineOptions(batch=2), "onnxruntime").kernels()
+    ran = {node: kernel for kernel in kernels for node in kernel.nodes if node in for_onnxruntime.operators}
+    assert ran.keys() == for_onnxruntime.operators.keys()
+    products = {"conv": {"QLinearConv"}, "linear": {"MatMulIntegerToFloat"}}
+    products["matmul"] = {"MatMulIntegerToFloat", "QLinearMatMul"}  # the latter where a convolution reads the product
+    for name, operator in for_onnxruntime.operators.items():
+        assert ran[name].kind in products[operator.kind]
+        assert ran[name].precision in {"u8", "i8"}
+    assert "Cast" not in {kernel.kind for kernel in kernels if kernel.precision == "i8"}
+    save_graph(twin, tmp_path / "t.onnx")
+    floats = open_engine(tmp_path / "t.onnx", EngineOptions(batch=2), "onnxruntime").kernels()
+    assert not {kernel.precision for kernel in floats} & {"u8", "i8"}
+
+
+def test_what_is_written_in_8_bits_is_read_in_8_bits(for_onnxruntime):
+    quantized, _ = lower(for_onnxruntime.graph, for_onnxruntime.recipe, "onnxruntime")
+    nodes = operator_nodes(quantized)
+    convolutions = [name for name, op in for_onnxruntime.operators.items() if op.kind == "conv"]
+    assert convolutions
+    for name in convolutions:
+        (use,) = nodes[name].outputs[0].uses()
+        facts = for_onnxruntime.recipe.facts.operators[name].output
+        assert use.node.op_type == "QuantizeLinear"
+        assert use.node.inputs[1].const_value.numpy() == np.float32(facts.scale)
+        assert use.node.inputs[2].const_value.numpy() == facts.zero_point
+    others = [name for name, op in for_onnxruntime.recipe.facts.operators.items() if op.kind != "conv"]
+    assert all(for_onnxruntime.recipe.facts.operators[name].output is None for name in others)
+
+
+def test_a_linear_layer_is_a_product_and_a_sum(w4a8, tmp_path):
+    model = copy(w4a8.graph)
+    before = w4a8.run(copy(model), tmp_path / "before.onnx")
+    count = sum(node.op_type == "Gemm" for node in model.graph)
+    assert linear_as_matmul(model) == count > 0
+    assert not any(node.op_type == "Gemm" for node in model.graph)
+    np.testing.assert_allclose(w4a8.run(model, tmp_path / "after.onnx"), before, atol=2e-5)
+
+
+def test_a_gemm_with_factors_is_refused(w4a8):
+    model = copy(w4a8.graph)
+    gemm = next(node for node in model.graph if node.op_type == "Gemm")
+    gemm.attributes["alpha"] = ir.AttrFloat32("alpha", 2.0)
+    with pytest.raises(AccuQuantError, match=f"linear layer {gemm.name}: a Gemm of a plain input"):
+        linear_as_matmul(model)
+
+
+@pytest.mark.parametrize("form", [{"split": True}, {"table": 2}])
+def test_forms_that_cannot_write_8_bits_are_refused(tiny, form):
+    with pytest.raises(AccuQuantError, match=r"writes 8 bits on this target|cannot write 8 bits"):
+        Lowered(tiny, weight_bits=4, activation_bits=8, target="onnxruntime", **form)
 
 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])

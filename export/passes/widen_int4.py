@@ -1,0 +1,28 @@
+"""Widen 4-bit weights to int8 when the graph is loaded, for engines that have kernels for nothing smaller.
+
+    codes int4 --Cast--> codes int8 --DequantizeLinear(s)--> operator
+
+The file keeps 4 bits. ONNX Runtime folds the Cast of a constant before it looks for integer kernels, and finds int8
+weights; left at 4 bits they would be dequantized at every step and multiplied in float.
+
+Requires: store_weights has run. Ensures: every int4 weight reaches its DequantizeLinear as int8.
+"""
+
+import onnx_ir as ir
+
+from ...calibrate.recipe import Recipe
+from ..graph import operator_nodes
+from .insertion import insert_before
+
+
+def widen_int4(model: ir.Model, recipe: Recipe) -> int:
+    """Rewrite in place; returns how many weights were widened."""
+    nodes = operator_nodes(model)
+    packed = [name for name in recipe.codes if recipe.container(name) == "int4"]
+    for name in packed:
+        dequantize = nodes[f"{name}.weight.dequantize"]
+        wide = insert_before(
+            model, dequantize, "Cast", [dequantize.inputs[0]], f"{name}.weight.widened", to=int(ir.DataType.INT8)
+        )
+        dequantize.replace_input_with(0, wide)
+    return len(packed)
