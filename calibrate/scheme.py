@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..runtime.errors import AccuQuantError
 from .grid import Grid
@@ -18,6 +18,7 @@ OperatorKind = Literal["conv", "linear", "matmul"]
 TargetName = Literal["cpu", "onnxruntime", "tensorrt"]
 PolicyName = Literal["standard", "integer", "uniform"]
 ContainerName = Literal["packed", "int8"]
+GraphRest = Literal["float32", "float16"]
 
 SIGNED_8 = Grid(8, signed=True, symmetric=True)
 
@@ -76,6 +77,15 @@ class QuantScheme(BaseModel):
     container: ContainerName = "packed"  # of weights of up to 4 bits: two in a byte, or one
     reserve: float = Field(0.1, ge=0, le=1)  # share of low-bit weights that keeps 8 bits; sensitivity.py
     split: bool = False  # a scale for each part of a concatenation that a convolution reads; splits.py
+    rest: GraphRest = "float32"  # of the graph's nodes that are not integer, where a target takes types as they stand
+
+    @model_validator(mode="after")
+    def _rest_is_for_tensorrt(self) -> "QuantScheme":
+        if self.rest != "float32" and self.target != "tensorrt":
+            raise ValueError(
+                f"rest {self.rest} is for target tensorrt; CPUs choose it on loading (accuquant-sample --rest)"
+            )
+        return self
 
     @property
     def name(self) -> str:

@@ -41,6 +41,7 @@ from .graph import save_graph, trace_float
 from .layer_parity import ENGINE_LEAST, check_layers, layer_parity
 from .lower import lower
 from .measure import Comparison, compare_twins
+from .passes.cast_rest import cast_rest
 from .report import DriftPoint, LayerRow, ReportFacts, write_report
 from .verify import check_graph, check_parity
 
@@ -146,6 +147,10 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
             check_graph(folder / name)
         show("export", 2, 3, "")
         alike = _compare_layers(folder / "denoiser.onnx", request, operators, plan, judge)
+        if request.scheme.rest != "float32":  # after layers were compared: what is 16 bits differs by its last digits
+            cast_rest(quantized, request.scheme.rest)
+            save_graph(quantized, folder / "denoiser.onnx")
+            check_graph(folder / "denoiser.onnx")
         parity = check_parity(folder / "denoiser.onnx", folder / "twin.onnx", model.network, operators, plan, judge)
         show("export", 3, 3, "")
         times["export"] = time.perf_counter() - begun

@@ -37,6 +37,9 @@ def export(
     ] = 0.1,
     split: Annotated[bool, typer.Option("--split", help="A scale for each part of a concatenated shortcut.")] = False,
     container: Annotated[str, typer.Option(help="Weights of up to 4 bits: packed two to a byte, or int8.")] = "packed",
+    rest: Annotated[
+        str, typer.Option(help="What is not integer, for tensorrt: float32 or float16 [float16 there].")
+    ] = "auto",
     group: Annotated[int | None, typer.Option(min=1, help="M, steps simulated before the loss [5].")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="A calibration setting, such as gradient=injected-v.")] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -61,6 +64,7 @@ def export(
         reserve=reserve,
         container=container,
         split=split,
+        rest=("float16" if target == "tensorrt" else "float32") if rest == "auto" else rest,
     )
     if preset not in PRESETS:
         raise AccuQuantError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")

@@ -16,6 +16,7 @@ from accuquant.calibrate.trajectory import simulate
 from accuquant.export.check_target import check_target
 from accuquant.export.graph import operator_nodes, save_graph, trace_float
 from accuquant.export.lower import lower
+from accuquant.export.passes.cast_rest import cast_rest
 from accuquant.export.passes.group_norm_affine import group_norm_affine
 from accuquant.export.passes.insert_qdq import insert_qdq
 from accuquant.export.passes.linear_as_matmul import linear_as_matmul
@@ -222,6 +223,33 @@ def test_a_gemm_with_factors_is_refused(w4a8):
     gemm.attributes["alpha"] = ir.AttrFloat32("alpha", 2.0)
     with pytest.raises(AccuQuantError, match=f"linear layer {gemm.name}: a Gemm of a plain input"):
         linear_as_matmul(model)
+
+
+@pytest.mark.parametrize("to", ["float16", "bfloat16"])
+def test_the_rest_in_16_bits_is_the_same_network(tiny, tmp_path, to):
+    """By the standard's own reference execution, the only one on a CPU that has bfloat16."""
+    from onnx.reference import ReferenceEvaluator
+
+    made = Lowered(tiny, weight_bits=4, activation_bits=8, target="tensorrt")
+    quantized, _ = lower(made.graph, made.recipe, "tensorrt")
+    fp, before = made.torch_output(active=False), made.run(copy(quantized), tmp_path / "before.onnx")
+    scales = {name: v.const_value.numpy() for name, v in quantized.graph.initializers.items() if "scale" in name}
+    assert cast_rest(quantized, to) > len(made.operators)
+    save_graph(quantized, tmp_path / "after.onnx")
+    check_graph(tmp_path / "after.onnx")
+    feed = {"x": made.teacher.states[1].numpy(), "t": np.full(4, made.plan.steps[1].timestep, np.float32)}
+    (after,) = ReferenceEvaluator(str(tmp_path / "after.onnx")).run(None, feed)
+    assert after.dtype == np.float32
+    assert sqnr(fp, after) == pytest.approx(sqnr(fp, before), abs=1.0)
+    assert not np.array_equal(after, before)
+    nodes = operator_nodes(quantized)
+    for name, scale in scales.items():  # the integers are the same ones
+        np.testing.assert_array_equal(quantized.graph.initializers[name].const_value.numpy(), scale)
+    computed = {name: nodes[name].outputs[0].dtype.name.lower() for name in made.operators}
+    alone = {name for name, dtype in computed.items() if dtype == "float"}
+    assert alone == {name for name in made.operators if role_of(name) == "time"}  # no latent reaches them
+    assert {dtype for name, dtype in computed.items() if name not in alone} == {to}
+    check_target(quantized, made.operators, "tensorrt")
 
 
 @pytest.mark.parametrize("form", [{"split": True}, {"table": 2}])

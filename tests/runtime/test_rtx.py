@@ -17,6 +17,7 @@ from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import simulate
 from accuquant.export.graph import save_graph, trace_float
 from accuquant.export.lower import lower
+from accuquant.export.passes.cast_rest import cast_rest
 from accuquant.runtime.engines.rtx_compile import CompileRequest, compile_plan, installed
 from accuquant.runtime.engines.rtx_log import parse_log
 from accuquant.runtime.errors import AccuQuantError
@@ -77,6 +78,8 @@ def lowered(model, folder, graph=None, table=1, **scheme):
     initialise(model.network, operators, plan, teacher, "min-max")
     graph = graph or trace_float(model.network, operators, model.sample_shape)
     graphs = lower(graph, freeze(operators, chosen, {}), "tensorrt")
+    if chosen.rest != "float32":
+        cast_rest(graphs[0], chosen.rest)
     for name, graph in zip(("int", "fp"), graphs, strict=True):
         save_graph(graph, folder / f"{name}.onnx")
     return folder / "int.onnx", folder / "fp.onnx", list(operators)
@@ -88,9 +91,10 @@ def lowered(model, folder, graph=None, table=1, **scheme):
         {"weight_bits": 8, "activation_bits": 8},
         {"weight_bits": 4, "activation_bits": 8},
         {"weight_bits": 4, "activation_bits": 8, "container": "int8"},
+        {"weight_bits": 4, "activation_bits": 8, "rest": "float16"},
         {"weight_bits": 4, "activation_bits": 6, "policy": "uniform", "split": True, "table": 3},
     ],
-    ids=["w8a8", "w4a8", "w4a8-int8-containers", "w4a6-uniform-split-table"],
+    ids=["w8a8", "w4a8", "w4a8-int8-containers", "w4a8-float16-rest", "w4a6-uniform-split-table"],
 )
 def test_every_operator_of_every_form_is_an_integer_kernel(rtx, scheme, tiny, tiny_checkpoint, tmp_path):
     exported = None if scheme.get("split") else tiny.float_graph()
