@@ -142,8 +142,9 @@ def main(
         for name, entries in sweeps.items():
             header = circumstances | {"sweep": name, "scheme": scheme.model_dump(), "budget_calls": budget}
             path = out / f"{name}-{scheme.name.lower()}.json"
+            rows = held_rows(path, header, resume)
             known = kept_rows(out, header) if resume else []
-            run(arena, [within(e, budget, graph) for e in entries], scheme, graph, header, path, known)
+            run(arena, [within(e, budget, graph) for e in entries], scheme, graph, header, path, rows, known)
     draw_by_bits(out)
 
 
@@ -164,17 +165,47 @@ def scheme_of(bits: str, target: str, policy: str, reserve: float, split: bool) 
     return QuantScheme.model_validate(asked | {"reserve": reserve, "split": split})
 
 
+def held_rows(path: Path, header: Mapping[str, Any], resume: bool) -> list[dict[str, Any]]:
+    """What the file about to be written holds already; hours of work are not written over.
+
+    Raises:
+        AccuQuantError: it is there and not to be resumed, or was measured under other circumstances.
+    """
+    if not path.exists():
+        return []
+    if not resume:
+        raise AccuQuantError(f"{path} holds results; take them over with --resume, or choose another --out")
+    found = read(path)
+    rows: list[dict[str, Any]] = found.pop("rows", [])
+    now = json.loads(json.dumps(header))
+    differ = [f"{k}: {found.get(k)} then, {v} now" for k, v in now.items() if found.get(k) != v]
+    if differ or found.keys() - now.keys():
+        raise AccuQuantError(
+            f"--resume: {path} was measured under other circumstances ({'; '.join(differ)}); choose another --out"
+        )
+    return rows
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON of the results' folder.
+
+    Raises:
+        AccuQuantError: it is none.
+    """
+    try:
+        return dict(json.loads(path.read_text()))
+    except (json.JSONDecodeError, ValueError, TypeError) as error:
+        raise AccuQuantError(f"--resume: {path} is no comparison of this tool; choose another --out") from error
+
+
 def kept_rows(folder: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What earlier runs measured under the same circumstances, whatever the sweep: entries of two sweeps may be one."""
     same = {k: v for k, v in json.loads(json.dumps(header)).items() if k != "sweep"}
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.json")):
-        try:
-            earlier = json.loads(path.read_text())
-            if {k: v for k, v in earlier.items() if k not in ("sweep", "rows")} == same:
-                rows += earlier["rows"]
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise AccuQuantError(f"--resume: {path} is no comparison of this tool; choose another --out") from error
+        earlier = read(path)
+        if {k: v for k, v in earlier.items() if k not in ("sweep", "rows")} == same:
+            rows += earlier["rows"]
     return rows
 
 
@@ -185,19 +216,20 @@ def run(
     graph: int,
     header: Mapping[str, Any],
     path: Path,
+    rows: list[dict[str, Any]],
     known: Sequence[dict[str, Any]],
 ) -> None:
-    """Run the entries that are not `known`, and write `path` after every one: a long sweep may be cut short."""
+    """Run the entries that are not `known`, and write `path`, which holds `rows`, after every one of them."""
     sweep = header["sweep"]
     order = [entry.name for entry in SWEEPS[sweep](CalibrationSpec())]
-    rows: list[dict[str, Any]] = []
     for entry in entries:
         same = (r for r in known if (r["kind"], r["spec"]) == (entry.method, entry.spec.model_dump()))
         row = next(same, None)
         if row is None:
             with bar() as show:
                 row = arena.run(entry, scheme, graph, show)
-        rows = sorted([*rows, row | {"method": entry.name}], key=lambda r: order.index(r["method"]))
+        others = [r for r in rows if r["method"] != entry.name]
+        rows = sorted([*others, row | {"method": entry.name}], key=lambda r: order.index(r["method"]))
         console.print(f"{entry.name}: {row['psnr_mean']:.2f} dB, MSE {row['mse']:.2e}, {row['seconds']:.0f} s")
         write_text(path, json.dumps({**header, "rows": rows}, indent=1) + "\n")
     draw(path)

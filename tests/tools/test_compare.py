@@ -111,6 +111,14 @@ def test_a_comparison_from_checkpoint_to_table(sweeps, tiny, tmp_path):
     assert len(sweeps.kept_rows(tmp_path, header)) == 5
     assert not sweeps.kept_rows(tmp_path, header | {"n": 5})  # of other seeds, so measured anew
 
+    # Results are not written over: neither by a new run nor by one under other circumstances.
+    before = (tmp_path / "m-w4a8.json").read_text()
+    swept = run(*arguments, "--sweep", "m")
+    assert "holds results; take them over with --resume" in swept.stderr
+    swept = run(*arguments, "--resume", "--sweep", "m", "--reserve", 0.3)
+    assert "was measured under other circumstances (scheme: " in " ".join(swept.stderr.split())
+    assert (tmp_path / "m-w4a8.json").read_text() == before
+
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
