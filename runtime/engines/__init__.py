@@ -35,22 +35,27 @@ def open_engine(path: Path, options: EngineOptions, name: str = "auto", target: 
     Raises:
         AccuQuantError: unknown name, its library is not installed, or it has no `options.rest` on this machine.
     """
-    return _class(name, target)(path, options)
+    return ENGINES[choose(name, target)]()(path, options)
 
 
 def rests(name: str = "auto", target: str = "") -> tuple[Rest, ...]:
     """What engine `name` can compute in here besides integers, float32 first; raises as `open_engine` does."""
-    return _class(name, target).rests()
+    return ENGINES[choose(name, target)]().rests()
 
 
-def _class(name: str, target: str) -> type[Engine]:
+def choose(name: str, target: str = "") -> str:
+    """The engine that `name` stands for: "auto" is the one a bundle's target is made for, or the best one installed.
+
+    Raises:
+        AccuQuantError: unknown name, or its library is not installed.
+    """
     installed = available()
     if name == "auto":
         if not installed:
             raise AccuQuantError("no engine is installed; install one with: pip install 'accuquant[cpu]'")
-        name = target if target in installed else installed[0]
+        return target if target in installed else installed[0]
     if name not in ENGINES:
         raise AccuQuantError(f"unknown engine {name!r}; known: {', '.join(ENGINES)}")
     if name not in installed:
         raise AccuQuantError(f"engine {name} is not installed; install it with: pip install {name}")
-    return ENGINES[name]()
+    return name
