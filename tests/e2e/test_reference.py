@@ -1,6 +1,6 @@
 """The bundled, trained model, the whole way: the numbers a newcomer is promised.
 
-Quick presets and few seeds: what is asserted here are floors well below what the default preset reaches, on
+Quick presets, few steps and few seeds: what is asserted here are floors well below what the default preset reaches, on
 pictures that no calibration saw. The full measurement is `tools/compare_methods.py`.
 """
 
@@ -37,6 +37,7 @@ def result(request, teacher, tmp_path_factory):
         out=tmp_path_factory.mktemp("reference") / "bundle",
         scheme=QuantScheme(weight_bits=weight_bits, activation_bits=activation_bits),
         spec=CalibrationSpec(**PRESETS["smoke"]),
+        steps=20,
         pictures=8,
         cache=teacher,
     )
