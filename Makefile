@@ -27,7 +27,7 @@ demo: $(VENV)/ready
 	@echo "report    $(DEMO)/fashion-w4a8/report/index.html"
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -11,6 +11,9 @@ from hypothesis import settings
 
 HERE = Path(__file__).parent
 
+# Begun last, one of them would keep one worker busy while the others have nothing left to do.
+LONGEST = ("test_reference.py", "test_rtx.py", "test_compare.py", "test_passes.py", "test_commands.py")
+
 # A busy machine is no failure.
 settings.register_profile("accuquant", deadline=None)
 settings.load_profile("accuquant")
@@ -28,7 +31,8 @@ def load_module(name: str) -> ModuleType:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Full-size and GPU tests run only where they are asked for, and say so."""
+    """Full-size and GPU tests run only where they are asked for, and say so; the longest files run first."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     asked = config.getoption("-m")
     for item in items:
         for marker, reason in {

@@ -147,20 +147,14 @@ def test_parity_check_catches_a_graph_that_is_not_the_model(request_for, tiny_bu
     assert np.isfinite(tiny_bundle.manifest.quality["sqnr_graph_db"])
 
 
-@pytest.mark.parametrize(
-    ("target", "settings", "engine"),
-    [("onnxruntime", {}, "ONNX Runtime"), ("tensorrt", {"rest": "float16"}, "OpenVINO")],
-    ids=["onnxruntime", "tensorrt"],
-)
-def test_every_target_goes_the_whole_way(request_for, target, settings, engine):
-    """Its graph passes its checks, and this machine samples it: on the engine it is made for, if that runs here."""
-    asked = request_for(scheme=QuantScheme(weight_bits=4, activation_bits=8, target=target, **settings))
+def test_a_bundle_for_onnxruntime_goes_the_whole_way(request_for):
+    """Its graph passes its checks, and is sampled by the engine it is made for, in integers."""
+    asked = request_for(scheme=QuantScheme(weight_bits=4, activation_bits=8, target="onnxruntime"))
     made = build(asked, prepare(asked), quiet)
-    assert made.bundle.manifest.target == target
-    assert made.comparison.engine.startswith(engine)
+    assert made.comparison.engine.startswith("ONNX Runtime")
     assert set(made.comparison.runs_as.values()) <= {"i8", "u8"}
     assert made.comparison.runs_as.keys() == made.bundle.manifest.operators.keys()
     assert all(facts.weight_container in ("int4", "int8", "-") for facts in made.bundle.manifest.operators.values())
     written = {name for name, facts in made.bundle.manifest.operators.items() if facts.output}
     convolutions = {name for name, facts in made.bundle.manifest.operators.items() if facts.kind == "conv"}
-    assert written == (convolutions if target == "onnxruntime" else set())
+    assert written == convolutions

@@ -42,10 +42,11 @@ def test_all_operators_of_a_bundle_run_in_integers(tiny_bundle, tmp_path):
     assert all(name in every.stdout for name in tiny_bundle.manifest.operators)
 
 
-def test_an_engine_that_tells_nothing_is_no_proof(tiny_bundle):
+def test_an_engine_the_bundle_was_not_made_for_is_seen_to_multiply_in_float(tiny_bundle):
     done = inspect(tiny_bundle.folder, "--engine", "onnxruntime")
     assert done.returncode == 2
-    assert "not reported" in done.stdout
+    assert "f32" in done.stdout
+    assert "multiplies in float" in done.stdout
 
 
 @pytest.mark.skipif(not installed(), reason="TensorRT-RTX is not installed (pip install 'accuquant[rtx]')")
@@ -58,7 +59,7 @@ def test_a_bundle_for_tensorrt_compiles_and_samples_here_too(tiny, tmp_path):
     asked = Request(
         checkpoint=tiny.save_checkpoint(tmp_path, tiny.unet()),
         out=tmp_path / "bundle",
-        scheme=QuantScheme(weight_bits=4, activation_bits=8, target="tensorrt"),
+        scheme=QuantScheme(weight_bits=4, activation_bits=8, target="tensorrt", rest="float16"),
         spec=CalibrationSpec(**PRESETS["smoke"]),
         steps=4,
         pictures=4,
