@@ -135,11 +135,11 @@ def test_resuming_with_other_settings_is_refused(tiny, tmp_path):
 
 
 def test_calibration_lowers_the_held_out_error(tiny, tmp_path):
-    """W4A8 with a small budget: 30 iterations take at least a tenth off the error of the best fixed ranges."""
-    run = tiny.prepare(initialisation="mse", iterations=30, steps=8, group=4, trajectories=32, checks=2)
+    """W4A8 with a small budget: 40 iterations take at least a seventh off the error of the best fixed ranges."""
+    run = tiny.prepare(initialisation="mse", iterations=40, steps=8, group=4, trajectories=32, checks=2)
     outcome = run.start(tmp_path)
-    assert outcome.best < 0.9 * outcome.initial
-    assert outcome.held_out.keys() == {0, 15, 30}
+    assert outcome.best < 0.85 * outcome.initial
+    assert outcome.held_out.keys() == {0, 20, 40}
     assert outcome.kept > 0
     assert held_out_error(run.network, run.operators, run.plan, run.judge) == outcome.best
 

@@ -88,12 +88,13 @@ def test_float_graph_is_the_network(w4a8, tmp_path):
     np.testing.assert_allclose(out, w4a8.torch_output(active=False), atol=2e-5)
 
 
-def test_group_norm_affine_equals_group_norm(w4a8, tmp_path):
+@pytest.mark.parametrize(("rewrite", "gone"), [(group_norm_affine, "GroupNormalization"), (linear_as_matmul, "Gemm")])
+def test_a_rewrite_of_the_float_part_computes_the_same(w4a8, tmp_path, rewrite, gone):
     model = copy(w4a8.graph)
     before = w4a8.run(copy(model), tmp_path / "before.onnx")
-    count = sum(node.op_type == "GroupNormalization" for node in model.graph)
-    assert group_norm_affine(model) == count > 0
-    assert not any(node.op_type == "GroupNormalization" for node in model.graph)
+    count = sum(node.op_type == gone for node in model.graph)
+    assert rewrite(model) == count > 0
+    assert not any(node.op_type == gone for node in model.graph)
     np.testing.assert_allclose(w4a8.run(model, tmp_path / "after.onnx"), before, atol=2e-5)
 
 
@@ -206,15 +207,6 @@ def test_what_is_written_in_8_bits_is_read_in_8_bits(for_onnxruntime):
         assert use.node.inputs[2].const_value.numpy() == facts.zero_point
     others = [name for name, op in for_onnxruntime.recipe.facts.operators.items() if op.kind != "conv"]
     assert all(for_onnxruntime.recipe.facts.operators[name].output is None for name in others)
-
-
-def test_a_linear_layer_is_a_product_and_a_sum(w4a8, tmp_path):
-    model = copy(w4a8.graph)
-    before = w4a8.run(copy(model), tmp_path / "before.onnx")
-    count = sum(node.op_type == "Gemm" for node in model.graph)
-    assert linear_as_matmul(model) == count > 0
-    assert not any(node.op_type == "Gemm" for node in model.graph)
-    np.testing.assert_allclose(w4a8.run(model, tmp_path / "after.onnx"), before, atol=2e-5)
 
 
 def test_a_gemm_with_factors_is_refused(w4a8):
