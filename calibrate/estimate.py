@@ -48,6 +48,8 @@ def estimate(
 
     def timed(x: Tensor, active: bool, differentiate: bool) -> float:
         compute = fast_compute(device) if differentiate and spec.compute == "auto" else torch.float32
+        # The adjoint needs the gradient of the latent too; of weights alone there are no other variables yet.
+        x = x.clone().requires_grad_(differentiate)
         with quantization(operators, active, compute), torch.set_grad_enabled(differentiate):
             taken = []
             for _ in range(2):  # the first call of a kind compiles and allocates

@@ -61,21 +61,18 @@ def compensate(
     for some in passes:
         moments = _moments(network, {name: operators[name] for name in some}, plan, teacher, calls, tell)
         for name, weight in some.items():
-            flat, scale = weight.weight.flatten(1), weight.scale.reshape(-1, 1)
-            made = [
-                round_columns(w, scale, weight.grid, h)
-                for w, h in zip(flat.split(COLUMNS, 1), moments.pop(name), strict=True)
-            ]
+            parts = zip(*(whole.split(COLUMNS, 1) for whole in weight.matrix), moments.pop(name), strict=True)
+            made = [round_columns(w, scale, weight.grid, h) for w, scale, h in parts]
             weight.compensate(torch.cat(made, 1).reshape(weight.weight.shape))
 
 
 def round_columns(weight: Tensor, scale: Tensor, grid: Grid, moments: Tensor) -> Tensor:
-    """What each entry of `weight` (C, K) is when its turn comes, `moments` being H (K, K) and `scale` (C, 1)."""
-    w, s, h = weight.double(), scale.double().flatten(), moments.double()
+    """What each entry of `weight` (C, K) is when its turn comes; `moments` is H (K, K), `scale` (C, 1) or (C, K)."""
+    w, s, h = weight.double(), scale.double().expand_as(weight), moments.double()
     damping = DAMPING * h.diagonal().mean()
     h.diagonal().add_(damping if damping > 0 else 1.0)
     order = h.diagonal().argsort(descending=True, stable=True)
-    w, h = w[:, order], h[order][:, order]
+    w, s, h = w[:, order], s[:, order], h[order][:, order]
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     seen = torch.empty_like(w)
     for first in range(0, w.shape[1], BLOCK):
@@ -83,7 +80,7 @@ def round_columns(weight: Tensor, scale: Tensor, grid: Grid, moments: Tensor) ->
         errors = torch.empty_like(w[:, first:last])
         for j in range(first, last):
             seen[:, j] = w[:, j]
-            rounded = (w[:, j] / s).round().clamp(grid.q_min, grid.q_max) * s
+            rounded = grid.clamp(grid.nearest(w[:, j] / s[:, j])) * s[:, j]
             error = (w[:, j] - rounded) / upper[j, j]
             w[:, j:last] -= error[:, None] * upper[j, j:last]
             errors[:, j - first] = error
@@ -101,7 +98,7 @@ def seconds(operators: dict[str, QuantizedOperator], device: torch.device) -> fl
     work = 0.0
     for weights in _passes(operators):
         for weight in weights.values():
-            for part in weight.weight.flatten(1).split(COLUMNS, 1):
+            for part in weight.matrix[0].split(COLUMNS, 1):
                 rows, width = part.shape
                 work += width**2 * (CALLS * ROWS + 4 * width + 2 * rows) + rate * COLUMN_SECONDS * width
     return work / rate
@@ -116,7 +113,7 @@ def _passes(operators: dict[str, QuantizedOperator]) -> Iterator[dict[str, Weigh
         # The columns of a grouped convolution differ from group to group; it keeps rounding to nearest.
         if weight is None or (isinstance(operator, QuantizedConv2d) and operator.conv.groups > 1):
             continue
-        needed = sum(4 * part.shape[1] ** 2 for part in weight.weight.flatten(1).split(COLUMNS, 1))
+        needed = sum(4 * part.shape[1] ** 2 for part in weight.matrix[0].split(COLUMNS, 1))
         if some and held + needed > BYTES:
             yield some
             some, held = {}, 0
@@ -167,8 +164,8 @@ def _moments(
 def _columns(operator: QuantizedOperator, inputs: tuple[Tensor, ...]) -> Tensor:
     """What the flattened weight multiplies, (columns, K), of the operator's inputs on their grids."""
     on_grid = []
-    for quantizer, part in zip(operator.input_quantizers, operator.parts(inputs), strict=True):
-        codes, scale = quantizer(part)
+    for index, part in enumerate(operator.parts(inputs)):
+        codes, scale = operator.input_codes(index, part)
         on_grid.append(codes * scale)
     if isinstance(operator, QuantizedConv2d):
         conv = operator.conv

@@ -139,7 +139,8 @@ def _watch(
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def look(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            for index, x in enumerate(operators[name].parts(inputs)):
+            # Where weights alone are quantized, there is nobody to see an input.
+            for index, (x, _) in enumerate(zip(operators[name].parts(inputs), operators[name].inputs, strict=False)):
                 see((name, index, at), x)
 
         return look

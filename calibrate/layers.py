@@ -2,6 +2,7 @@
 
     y = s_a s_w (q_a - z_a) * q_w + b       one scale per tensor for x, one per output channel for w, float bias
 
+or, where weights alone are quantized, y = x * (s_w q_w) + b, a linear layer's in blocks of columns with a scale each;
 and, where a target's kernel writes 8 bits, y on a grid of its own, and b on that of the sum, s_a s_w times integers.
 
 The simulation multiplies codes, as the hardware does, and scales afterwards: that is exact in float32, and stays exact
@@ -96,8 +97,9 @@ class QuantizedOperator(nn.Module):
 
     def learn_bias(self) -> None:
         """Attach what is learned on top of the float bias, one number per output channel; zero to begin with."""
-        if self.weight_quantizer is not None:
-            self.shift = nn.Parameter(torch.zeros_like(self.weight_quantizer.scale.flatten()))
+        weight = self.weight_quantizer
+        if weight is not None:
+            self.shift = nn.Parameter(weight.scale.new_zeros(weight.channels))
 
     def bias(self, given: Tensor | None) -> Tensor | None:
         """The layer's own bias and what was learned on top of it, (C,)."""
@@ -124,6 +126,9 @@ class QuantizedOperator(nn.Module):
         return inputs
 
     def input_codes(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scale of an input; where weights alone are quantized, it and one."""
+        if not self.inputs:
+            return x, x.new_ones(())
         codes, scale = self.input_quantizers[index](x)
         return codes.to(self.compute), scale
 
@@ -135,9 +140,11 @@ class QuantizedOperator(nn.Module):
         return codes * scale
 
     def weight_codes(self) -> tuple[Tensor, Tensor]:
-        """Codes (C, ...) in the compute type and scale (C,) in float32."""
+        """Codes (C, ...) and scale (C,) in float32; where inputs have no codes, the weight itself and ones."""
         weight = cast(WeightQuantizer, self.weight_quantizer)
-        return weight().to(self.compute), weight.scale.flatten()
+        if self.inputs:
+            return weight().to(self.compute), weight.scale.flatten()
+        return (weight() * weight.scale).reshape(self.layer.weight.shape), weight.scale.new_ones(weight.channels)
 
 
 class QuantizedConv2d(QuantizedOperator):
@@ -155,12 +162,12 @@ class QuantizedConv2d(QuantizedOperator):
         role: Role,
         conv: nn.Conv2d,
         weight: Grid,
-        activation: Grid,
+        activation: Grid | None,
         split: int | None = None,
         output: Grid | None = None,
     ) -> None:
-        grids = [activation] if split is None else [activation, activation]
-        super().__init__(name, role, grids, WeightQuantizer(conv.weight, weight))
+        parts = 1 if split is None else 2
+        super().__init__(name, role, [activation] * parts if activation else [], WeightQuantizer(conv.weight, weight))
         if conv.padding_mode != "zeros":
             raise AccuQuantError(f"layer {name} pads with {conv.padding_mode!r}; only zero padding stays zero in codes")
         if split is not None and output is not None:
@@ -200,8 +207,17 @@ class QuantizedConv2d(QuantizedOperator):
 class QuantizedLinear(QuantizedOperator):
     kind = "linear"
 
-    def __init__(self, name: str, role: Role, linear: nn.Linear, weight: Grid, activation: Grid) -> None:
-        super().__init__(name, role, [activation], WeightQuantizer(linear.weight, weight))
+    def __init__(
+        self,
+        name: str,
+        role: Role,
+        linear: nn.Linear,
+        weight: Grid,
+        activation: Grid | None,
+        block: int | None = None,
+    ) -> None:
+        quantizer = WeightQuantizer(linear.weight, weight, block)
+        super().__init__(name, role, [] if activation is None else [activation], quantizer)
         self.linear = linear.requires_grad_(False)
 
     @property
@@ -265,12 +281,18 @@ def quantize_operators(
             )
         elif isinstance(module, nn.Linear):
             made[name] = QuantizedLinear(
-                name, role, module, scheme.weight_grid(role), scheme.activation_grid(role, "linear")
+                name,
+                role,
+                module,
+                scheme.weight_grid(role),
+                scheme.activation_grid(role, "linear"),
+                scheme.weight_block(module.in_features),
             )
         elif isinstance(module, MatMul):
             grid = scheme.activation_grid(role, "matmul")
-            made[name] = QuantizedMatMul(name, role, grid, grid)
-    if not made:
+            if grid is not None:
+                made[name] = QuantizedMatMul(name, role, grid, grid)
+    if not made and not scheme.nothing_quantized:
         raise AccuQuantError("the network has no convolution, linear layer or attention product to quantize")
     for name, operator in made.items():
         parent, _, leaf = name.rpartition(".")

@@ -221,7 +221,7 @@ def graph_bytes(network: nn.Module, plan: SamplingPlan, x: Tensor, condition: Co
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
-        call(network, plan, 0, x, condition)
+        call(network, plan, 0, x.detach().requires_grad_(), condition)
     return sum(saved.values())
 
 

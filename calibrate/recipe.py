@@ -1,9 +1,9 @@
 """The recipe: what calibration learned, frozen, ready to be lowered.
 
-Two files. `recipe.safetensors` holds per weighted operator its integer weight (int8 container) and per-channel scale,
-and, if there are any, what was learned on top of its bias and what its input channels are divided by; `recipe.json` the
-scales and zero points of activations, the scheme, and how they came to be. Weights are stored as the
-integers that will run, so no later stage rounds again.
+Two files. `recipe.safetensors` holds per weighted operator its codes (int8, or 8-bit floats) and its scales and, if
+there are any, what was learned on top of its bias and what its input channels are divided by; `recipe.json` the scales
+and zero points of activations, the scheme, and how they came to be. Weights are stored as the codes that will run: no
+later stage rounds again.
 """
 
 from pathlib import Path
@@ -18,17 +18,18 @@ from torch import Tensor
 from ..runtime.errors import AccuQuantError
 from ..runtime.files import atomic, write_text
 from .layers import ActivationQuantizer, QuantizedOperator
-from .scheme import OperatorKind, QuantScheme, Role
+from .scheme import Number, OperatorKind, QuantScheme, Role
 
 
 class ActivationRecipe(BaseModel):
-    """One activation input: x is stored as clamp(round(x / scale) + zero_point, q_min, q_max).
+    """One activation input: x is stored as clamp(round(x / scale) + zero_point, q_min, q_max), in codes of `number`.
 
     `rows` is empty, or holds the scale of every stretch of the chain, the first of which is repeated above.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    number: Number = "integer"
     bits: int
     signed: bool
     scale: float = Field(gt=0)
@@ -62,8 +63,9 @@ class RecipeFacts(BaseModel):
 
 
 class Recipe:
-    """Facts and tensors together: `codes[name]` int8 (C, ...), `scales[name]` and `shifts[name]` float32 (C,).
+    """Facts and tensors together: `codes[name]` int8 or float8 (C, ...), `scales[name]`, `shifts[name]` float32 (C,).
 
+    Where a linear layer's weight is quantized in blocks of its columns, `scales[name]` is (C, blocks).
     `smoothings[name]` is float32 (C_in,): the input's channels are divided by it, the weight's were multiplied.
     """
 
@@ -81,11 +83,13 @@ class Recipe:
             if not (torch.isfinite(scale) & (scale > 0)).all():
                 raise AccuQuantError(f"layer {name}: a weight scale is zero, negative or not finite; calibrate again")
 
-    def container(self, name: str) -> Literal["int4", "int8"] | None:
+    def container(self, name: str) -> Literal["int4", "int8", "float8"] | None:
         """In what a weight is stored; None if the operator has none. TensorRT takes int4 tensors of even size only."""
         bits, scheme = self.facts.operators[name].weight_bits, self.facts.scheme
         if bits is None:
             return None
+        if self.codes[name].dtype.is_floating_point:
+            return "float8"
         fits = scheme.target != "tensorrt" or self.codes[name].numel() % 2 == 0
         return "int4" if bits <= 4 and scheme.container == "packed" and fits else "int8"
 
@@ -127,8 +131,9 @@ def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provena
     for name, operator in operators.items():
         weight = operator.weight_quantizer
         if weight is not None:
-            codes[name] = weight.codes().cpu()
-            scales[name] = weight.scale.flatten().float().cpu()
+            codes[name] = weight.codes().reshape(operator.layer.weight.shape).cpu()
+            scale = weight.scale.flatten() if weight.block is None else weight.scale.reshape(weight.channels, -1)
+            scales[name] = scale.float().cpu()
         if operator.shift is not None:
             shifts[name] = operator.shift.float().cpu().clone()
         if operator.smoothing is not None:
@@ -151,6 +156,7 @@ def _frozen(name: str, quantizer: ActivationQuantizer) -> ActivationRecipe:
     rows = tuple(quantizer.scale.reshape(-1).tolist())
     try:
         return ActivationRecipe(
+            number="float8" if grid.dtype.is_floating_point else "integer",
             bits=grid.bits,
             signed=grid.signed,
             scale=rows[0],

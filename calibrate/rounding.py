@@ -1,6 +1,7 @@
 """Weights on their grid, with a rounding that can be learned.
 
-For a weight w with per-output-channel scale s, on the signed symmetric grid:
+For a weight w with per-output-channel scale s, on a signed symmetric grid (of 8-bit floats, `floor` and `round` are to
+codes, and h and d count in steps between them):
 
     nearest    w_q = s clamp(round(w / s))
     AdaRound   w_q = s clamp(floor(w / s) + h(v)),   h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)       (Nagel et al. 2020)
@@ -32,14 +33,19 @@ ZETA, GAMMA = 1.1, -0.1
 
 
 class WeightQuantizer(nn.Module):
-    """A frozen float weight (C, ...) and how it is put on the grid; `forward` gives its codes as floats."""
+    """A frozen float weight (C, ...) and how it is put on the grid; `forward` gives its codes as floats.
+
+    With `block`, so many columns of a weight (C, K) share a scale, and each block is a row of its own: (C K / block,
+    block). `matrix` is the weight with its own rows again.
+    """
 
     weight: Tensor
     start: Tensor
 
-    def __init__(self, weight: Tensor, grid: Grid) -> None:
+    def __init__(self, weight: Tensor, grid: Grid, block: int | None = None) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.channels, self.block = grid, len(weight), block
+        weight = weight if block is None else weight.reshape(-1, block)
         self.rounding: Rounding = "nearest"
         self._own: Tensor | None = None  # what `weight` was before it was compensated
         self.register_buffer("weight", weight.detach())  # the layer's own, which nobody writes to
@@ -53,6 +59,11 @@ class WeightQuantizer(nn.Module):
     def scale(self) -> Tensor:
         """One per output channel, (C, 1, ...)."""
         return self.start if self.gain is None else self.start * self.gain.exp()
+
+    @property
+    def matrix(self) -> tuple[Tensor, Tensor]:
+        """The weight as (C, K), and the scale of each of its entries, broadcast to the same shape."""
+        return self.weight.reshape(self.channels, -1), self.scale.expand_as(self.weight).reshape(self.channels, -1)
 
     def set_scale(self, scale: Tensor) -> None:
         self.start.copy_(scale)
@@ -84,7 +95,7 @@ class WeightQuantizer(nn.Module):
         if rounding == "offset":
             start = torch.zeros_like(v)
         else:
-            fraction = (v - v.floor()).clamp(1e-4, 1 - 1e-4)
+            fraction = ((v - self.grid.below(v)) / self.grid.step(v)).clamp(1e-4, 1 - 1e-4)
             if self.compensated:  # only the rounded weight resembles the layer's own
                 fraction = 0.1 + 0.8 * (fraction > 0.5)
             start = -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
@@ -95,20 +106,24 @@ class WeightQuantizer(nn.Module):
 
     def _codes_with_gradient(self) -> Tensor:
         if self.rounding == "adaround":
-            v = (self.weight / self.scale).detach().floor()
-            codes = v + (self._h() if self.soft else (self._h() >= 0.5).to(v.dtype))
+            v = (self.weight / self.scale).detach()
+            up = self._h() if self.soft else (self._h() >= 0.5).to(v.dtype)
+            codes = self.grid.below(v) + self.grid.step(v) * up
         else:
             v = self.weight / self.scale
-            moved = v if self.choice is None else v + self.choice
-            codes = moved + (torch.round(moved) - moved).detach()
-        return codes.clamp(self.grid.q_min, self.grid.q_max)
+            if self.choice is None:
+                moved, taken = v, self.grid.nearest(v)
+            else:
+                moved, taken = v + self.grid.step(v) * self.choice, self.grid.neighbour(v, self.choice)
+            codes = moved + (taken - moved).detach()
+        return self.grid.clamp(codes)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
-        """The integers as they will be stored, int8 (C, ...)."""
+        """The codes as they will be stored, (C, ...): int8, or the grid's own type if they are no integers."""
         soft, self.soft = self.soft, False
         try:
-            return self._codes_with_gradient().to(torch.int8)
+            return self._codes_with_gradient().to(self.grid.dtype)
         finally:
             self.soft = soft
 

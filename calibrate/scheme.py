@@ -6,11 +6,12 @@ roles that the family assigns ("first", "last", "time", "body", "attention").
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..runtime.errors import AccuQuantError
+from .float8 import Float8
 from .grid import Grid
 
 Role = Literal["first", "last", "time", "body", "attention"]
@@ -19,8 +20,11 @@ TargetName = Literal["cpu", "onnxruntime", "tensorrt"]
 PolicyName = Literal["standard", "integer", "uniform"]
 ContainerName = Literal["packed", "int8"]
 GraphRest = Literal["float32", "float16"]
+Attention = Literal["auto", "float", "quantized"]
+Number = Literal["integer", "float8"]
 
-SIGNED_8 = Grid(8, signed=True, symmetric=True)
+UNQUANTIZED = 16  # bits of activations that are left as they are: weights alone are quantized; or of weights too
+BLOCKS = (64, 32, 16)  # columns that may share a scale where only a linear layer's weight is quantized
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Target:
     activation_symmetric: bool
     describes: str
     conv_output: bool = False  # integer convolutions write 8 bits too
+    beyond_integers: bool = False  # 8-bit floats, weights alone, a rest of 16 bits
+    fused_attention: bool = False  # one float kernel for both products and the softmax, which integers would break up
 
 
 # CPU kernels (VNNI) take unsigned, shifted activations at no cost, which is worth 3-4 dB after SiLU; between two
@@ -39,7 +45,13 @@ class Target:
 TARGETS: Mapping[TargetName, Target] = {
     "cpu": Target(False, False, "OpenVINO on CPU: uint8 activations with zero point"),
     "onnxruntime": Target(False, False, "ONNX Runtime on CPU: uint8 into and out of convolutions", conv_output=True),
-    "tensorrt": Target(True, True, "TensorRT and TensorRT-RTX: symmetric int8 activations"),
+    "tensorrt": Target(
+        True,
+        True,
+        "TensorRT and TensorRT-RTX: symmetric int8 activations",
+        beyond_integers=True,
+        fused_attention=True,
+    ),
 }
 
 
@@ -70,41 +82,90 @@ class QuantScheme(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weight_bits: int = Field(ge=2, le=8)
-    activation_bits: int = Field(ge=2, le=8)
+    weight_bits: int = Field(ge=2, le=UNQUANTIZED)
+    activation_bits: int = Field(ge=2, le=UNQUANTIZED)
+    number: Number = "integer"
     target: TargetName = "cpu"
     policy: PolicyName = "standard"
+    attention: Attention = "auto"  # its products; auto leaves them in float where the target fuses them so
     container: ContainerName = "packed"  # of weights of up to 4 bits: two in a byte, or one
     reserve: float = Field(0.1, ge=0, le=1)  # share of low-bit weights that keeps 8 bits; sensitivity.py
     split: bool = False  # a scale for each part of a concatenation that a convolution reads; splits.py
     rest: GraphRest = "float32"  # of the graph's nodes that are not integer, where a target takes types as they stand
 
     @model_validator(mode="after")
-    def _rest_is_for_tensorrt(self) -> "QuantScheme":
-        if self.rest != "float32" and self.target != "tensorrt":
+    def _the_target_has_it(self) -> "QuantScheme":
+        for what, bits in (("weights", self.weight_bits), ("activations", self.activation_bits)):
+            if 8 < bits < UNQUANTIZED:
+                raise ValueError(f"{bits}-bit {what}; 2 to 8 bits, or 16 for none quantized")
+        if self.weight_bits == UNQUANTIZED and (self.activation_bits != UNQUANTIZED or self.rest != "float16"):
+            raise ValueError("16-bit weights are for graphs that are float16 throughout: --bits fp16 --target tensorrt")
+        if self.number == "float8" and (self.weight_bits, self.activation_bits) != (8, 8):
+            raise ValueError("8-bit floats are 8 bits, for weights and activations")
+        if TARGETS[self.target].beyond_integers:
+            return self
+        if self.rest != "float32":
             raise ValueError(
                 f"rest {self.rest} is for target tensorrt; CPUs choose it on loading (accuquant-sample --rest)"
             )
+        if self.number == "float8" or self.activation_bits == UNQUANTIZED:
+            raise ValueError(f"{self.name} is for --target tensorrt; {self.target} is {TARGETS[self.target].describes}")
         return self
 
     @property
     def name(self) -> str:
-        return f"W{self.weight_bits}A{self.activation_bits}"
+        if self.nothing_quantized:
+            return "FP16"
+        return "FP8" if self.number == "float8" else f"W{self.weight_bits}A{self.activation_bits}"
+
+    @property
+    def nothing_quantized(self) -> bool:
+        return self.weight_bits == UNQUANTIZED
+
+    @property
+    def weights_alone(self) -> bool:
+        return self.activation_bits == UNQUANTIZED
 
     @property
     def described(self) -> str:
         """The policy in words, with what is kept in 8 bits beside it."""
+        if self.nothing_quantized:
+            return "float16 throughout"
         kept = f", up to {self.reserve:.0%} of the weights in 8 bits" if self.reserve and self.weight_bits < 8 else ""
-        return f"{self.policy} ({POLICIES[self.policy].describes}{kept})"
+        attention = "" if self.attention_quantized else ", attention products in float"
+        return f"{self.policy} ({POLICIES[self.policy].describes}{attention}{kept})"
 
     def stays_float(self, role: Role) -> bool:
-        return role in POLICIES[self.policy].in_float
+        if role == "attention" and not self.attention_quantized:
+            return True
+        return self.nothing_quantized or role in POLICIES[self.policy].in_float
+
+    @property
+    def attention_quantized(self) -> bool:
+        """TensorRT has a fused kernel for attention in 16 bits and in 8-bit floats, and none in integers."""
+        if self.attention == "auto":
+            return self.number == "float8" or not TARGETS[self.target].fused_attention
+        return self.attention == "quantized"
 
     def weight_grid(self, role: Role) -> Grid:
+        if self.number == "float8":
+            return Float8()
         kept = role in POLICIES[self.policy].weights_in_8_bits
         return Grid(8 if kept else self.weight_bits, signed=True, symmetric=True)
 
-    def activation_grid(self, role: Role, kind: OperatorKind) -> Grid:
+    def weight_block(self, columns: int) -> int | None:
+        """How many of a linear layer's columns share a scale; None gives each output channel one.
+
+        A block of all columns would be dequantized by a kernel of its own.
+        """
+        return next((b for b in BLOCKS if columns % b == 0 and b < columns), None) if self.weights_alone else None
+
+    def activation_grid(self, role: Role, kind: OperatorKind) -> Grid | None:
+        """None where activations are not quantized."""
+        if self.weights_alone:
+            return None
+        if self.number == "float8":
+            return Float8()
         bits = 8 if role in POLICIES[self.policy].activations_in_8_bits else self.activation_bits
         if kind == "matmul":
             return Grid(bits, signed=True, symmetric=True)
@@ -119,6 +180,20 @@ class QuantScheme(BaseModel):
         return Grid(8, signed=target.activation_signed, symmetric=target.activation_symmetric)
 
 
+def parse_precision(text: str) -> dict[str, Any]:
+    """What `--bits` says, as fields of a scheme: "fp8", "fp16", or bits as `parse_bits` reads them.
+
+    Raises:
+        AccuQuantError: not of that form, or out of range.
+    """
+    if text.strip().lower() in ("fp8", "float8"):
+        return {"weight_bits": 8, "activation_bits": 8, "number": "float8"}
+    if text.strip().lower() in ("fp16", "float16"):
+        return {"weight_bits": UNQUANTIZED, "activation_bits": UNQUANTIZED}
+    weight_bits, activation_bits = parse_bits(text)
+    return {"weight_bits": weight_bits, "activation_bits": activation_bits}
+
+
 def parse_bits(text: str) -> tuple[int, int]:
     """Weight and activation bits of "4/8", "W4A8", "8" or "4" (one number is the weights'; activations take 8).
 
@@ -128,9 +203,11 @@ def parse_bits(text: str) -> tuple[int, int]:
     cleaned = text.strip().lower().replace("w", "").replace("a", "/")
     parts = cleaned.split("/")
     if len(parts) > 2 or not all(p.isdecimal() for p in parts):
-        raise AccuQuantError(f"--bits {text!r} is not understood; write weights/activations, such as 4/8 or 8/8, or 4")
+        raise AccuQuantError(
+            f"--bits {text!r} is not understood; write weights/activations, such as 4/8 or 8/8, or 4, or fp8, fp16"
+        )
     weight, activation = int(parts[0]), int(parts[1]) if len(parts) == 2 else 8
-    for what, bits in (("weight", weight), ("activation", activation)):
-        if not 2 <= bits <= 8:
+    for what, bits, more in (("weight", weight, ()), ("activation", activation, (UNQUANTIZED,))):
+        if not 2 <= bits <= 8 and bits not in more:
             raise AccuQuantError(f"--bits {text!r}: {bits}-bit {what}s; integer kernels take 2 to 8 bits")
     return weight, activation

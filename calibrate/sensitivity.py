@@ -97,8 +97,8 @@ def _rounded(operator: QuantizedOperator, weight: WeightQuantizer) -> Iterator[N
     """The float operator with its weight rounded to nearest, within the block."""
     layer, scale = operator.layer, max_weight_scale(weight.weight, weight.grid)
     own = layer.weight.data
-    codes = (own / scale).round().clamp(weight.grid.q_min, weight.grid.q_max)
-    layer.weight.data = codes * scale
+    codes = weight.grid.clamp(weight.grid.nearest(weight.weight / scale))
+    layer.weight.data = (codes * scale).reshape(own.shape)
     try:
         yield
     finally:

@@ -20,6 +20,8 @@ SMALLEST = 1e-5  # of a channel's largest value: a dead channel is left as it is
 def smoothable(operators: dict[str, QuantizedOperator]) -> Iterator[tuple[str, QuantizedOperator]]:
     """Linear layers and 1x1 convolutions that read one tensor with one scale."""
     for name, operator in operators.items():
+        if len(operator.inputs) != 1:
+            continue
         if isinstance(operator, QuantizedLinear) or (
             isinstance(operator, QuantizedConv2d)
             and operator.conv.kernel_size == (1, 1)

@@ -6,6 +6,7 @@ Everything is written into a folder beside the bundle and renamed at the end, so
 the calibration journal outlives an interruption; `resume` goes on from it.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
+from ..calibrate.begin import Beginning
 from ..calibrate.cache import TrajectoryCache
 from ..calibrate.estimate import Estimate, estimate
 from ..calibrate.families import load_model
@@ -30,20 +33,22 @@ from ..calibrate.sensitivity import keep_sensitive
 from ..calibrate.spec import CalibrationSpec
 from ..calibrate.trace import trace
 from ..calibrate.trajectory import Trajectory, simulate
-from ..runtime.bundle import Bundle, Manifest, OperatorFacts, describe, save_manifest
+from ..runtime.bundle import IN_TABLE, Bundle, Manifest, OperatorFacts, describe, save_manifest
 from ..runtime.console import machine_facts
 from ..runtime.engines import open_engine
 from ..runtime.errors import AccuQuantError
 from ..runtime.files import atomic_folder, sha256
+from ..runtime.inspection import LOOKED_UP
 from ..runtime.plan import SamplingPlan
 from .check_target import check_target
-from .graph import save_graph, trace_float
+from .graph import operator_nodes, save_graph, trace_float
 from .layer_parity import ENGINE_LEAST, check_layers, layer_parity
 from .lower import lower
 from .measure import Comparison, compare_twins
 from .passes.cast_rest import cast_rest
+from .passes.time_table import time_table
 from .report import DriftPoint, LayerRow, ReportFacts, write_report
-from .verify import check_graph, check_parity
+from .verify import FLOAT16_REACHES, check_graph, check_parity
 
 Show = Callable[[str, int, int, str], None]  # stage, done, total, note
 
@@ -114,21 +119,7 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         "torch": torch.__version__,
     }
     teacher, judge = _trajectories(request, prepared, work, specification, show)
-    keep_sensitive(
-        model.network, operators, plan, teacher, request.scheme.reserve,
-        lambda done, total: show("sensitivity", done, total, ""),
-    )  # fmt: skip
-    outcome = calibrate(
-        model.network,
-        operators,
-        plan,
-        teacher,
-        judge,
-        request.spec,
-        Journal(work, specification),
-        resume=request.resume,
-        report=lambda stage, done, total, loss: show(stage, done, total, "" if loss is None else f"loss {loss:.2e}"),
-    )
+    outcome = _calibrate(request, prepared, teacher, judge, Journal(work, specification), show)
     times["calibration"] = time.perf_counter() - begun
     recipe = freeze(operators, request.scheme, _provenance(request, outcome))
 
@@ -138,23 +129,29 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         float_graph = trace_float(model.network, operators, model.sample_shape)
         show("export", 1, 3, "")
         quantized, twin = lower(float_graph, recipe, request.scheme.target)
-        check_target(quantized, recipe.facts.operators, request.scheme.target)
+        alone = request.scheme.weights_alone
+        check_target(quantized, recipe.facts.operators, request.scheme.target, weights_alone=alone)
         save_graph(quantized, folder / "denoiser.onnx")
-        save_graph(twin, folder / "twin.onnx")
+        check_graph(folder / "denoiser.onnx")
         recipe.save(folder)
         plan.save(folder / "plan.json")
-        for name in ("denoiser.onnx", "twin.onnx"):
-            check_graph(folder / name)
         show("export", 2, 3, "")
         alike = _compare_layers(folder / "denoiser.onnx", request, operators, plan, judge)
-        if request.scheme.rest != "float32":  # after layers were compared: what is 16 bits differs by its last digits
+        # After every layer was compared: some are looked up from now on, and 16 bits differ by their last digits.
+        for graph in (quantized, twin):
+            time_table(graph, [step.timestep for step in plan.steps])
+        if request.scheme.rest != "float32":
             cast_rest(quantized, request.scheme.rest)
-            save_graph(quantized, folder / "denoiser.onnx")
-            check_graph(folder / "denoiser.onnx")
-        parity = check_parity(folder / "denoiser.onnx", folder / "twin.onnx", model.network, operators, plan, judge)
+        for graph, name in ((quantized, "denoiser.onnx"), (twin, "twin.onnx")):
+            save_graph(graph, folder / name)
+            check_graph(folder / name)
+        parity = check_parity(
+            folder / "denoiser.onnx", folder / "twin.onnx", model.network, operators, plan, judge,
+            math.inf if request.scheme.rest == "float32" else FLOAT16_REACHES,
+        )  # fmt: skip
         show("export", 3, 3, "")
         times["export"] = time.perf_counter() - begun
-        _write_manifest(folder, request, prepared, recipe, parity)
+        _write_manifest(folder, request, prepared, _operator_facts(recipe, quantized), parity, recipe.facts.provenance)
         bundle = Bundle(folder)
         comparison = compare_twins(
             bundle, request.pictures, 0, lambda done, total: show("comparing twins", done, total, "")
@@ -208,6 +205,29 @@ def _trajectories(
     return found[0], found[1]
 
 
+def _calibrate(
+    request: Request, prepared: Prepared, teacher: Trajectory, judge: Trajectory, journal: Journal, show: Show
+) -> Outcome:
+    network, operators, plan = prepared.model.network, prepared.operators, prepared.plan
+    if not operators:
+        return Outcome(Beginning("nothing to quantize", {}), {0: 0.0})
+    keep_sensitive(
+        network, operators, plan, teacher, request.scheme.reserve,
+        lambda done, total: show("sensitivity", done, total, ""),
+    )  # fmt: skip
+    return calibrate(
+        network,
+        operators,
+        plan,
+        teacher,
+        judge,
+        request.spec,
+        journal,
+        resume=request.resume,
+        report=lambda stage, done, total, loss: show(stage, done, total, "" if loss is None else f"loss {loss:.2e}"),
+    )
+
+
 def _compare_layers(
     path: Path,
     request: Request,
@@ -250,12 +270,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _operator_facts(recipe: Recipe) -> dict[str, OperatorFacts]:
-    facts = {}
+def _operator_facts(recipe: Recipe, graph: ir.Model) -> dict[str, OperatorFacts]:
+    """What became of every operator; those that are no node of the graph any more are in its table of timesteps."""
+    facts, nodes = {}, operator_nodes(graph)
     for name, operator in recipe.facts.operators.items():
         codes = recipe.codes.get(name)
         count = 0 if codes is None else codes.numel()
-        container = recipe.container(name) or "-"
+        container = (recipe.container(name) or "-") if name in nodes else IN_TABLE
         facts[name] = OperatorFacts(
             kind=operator.kind,
             role=operator.role,
@@ -264,17 +285,24 @@ def _operator_facts(recipe: Recipe) -> dict[str, OperatorFacts]:
             inputs=tuple(_grid_name(i) for i in operator.inputs),
             output=None if operator.output is None else _grid_name(operator.output),
             parameters=count,
-            stored_bytes=(count + 1) // 2 if container == "int4" else count,
+            stored_bytes={"int4": (count + 1) // 2, IN_TABLE: 0}.get(container, count),
         )
     return facts
 
 
 def _grid_name(facts: ActivationRecipe) -> str:
+    if facts.number == "float8":
+        return "fp8"
     return f"{'int' if facts.signed else 'uint'}{facts.bits}"
 
 
 def _write_manifest(
-    folder: Path, request: Request, prepared: Prepared, recipe: Recipe, parity: dict[str, float]
+    folder: Path,
+    request: Request,
+    prepared: Prepared,
+    operators: dict[str, OperatorFacts],
+    parity: dict[str, float],
+    provenance: dict[str, Any],
 ) -> None:
     save_manifest(
         folder,
@@ -287,8 +315,8 @@ def _write_manifest(
             policy=request.scheme.policy,
             sampler=f"{request.sampler or prepared.model.default_sampler} ({prepared.plan.sampler})",
             networks=describe(folder, {"denoiser": "denoiser.onnx", "twin": "twin.onnx"}),
-            operators=_operator_facts(recipe),
-            provenance=recipe.facts.provenance,
+            operators=operators,
+            provenance=provenance,
             quality=parity,
         ),
     )
@@ -304,7 +332,8 @@ def _write_report(
     alike: dict[str, dict[str, float]],
     times: dict[str, float],
 ) -> None:
-    manifest = Bundle(folder).manifest
+    bundle = Bundle(folder)
+    manifest = bundle.manifest
     layers = [
         LayerRow(
             name=name,
@@ -312,10 +341,10 @@ def _write_report(
             role=facts.role,
             weight_bits=facts.weight_bits,
             weight_container=facts.weight_container,
-            inputs=" x ".join(facts.inputs) + (f" -> {facts.output}" if facts.output else ""),
+            inputs=(" x ".join(facts.inputs) or "as they are") + (f" -> {facts.output}" if facts.output else ""),
             parameters=facts.parameters,
             stored_bytes=facts.stored_bytes,
-            runs_as=comparison.runs_as.get(name, "not inspected"),
+            runs_as=LOOKED_UP if facts.in_table else comparison.runs_as.get(name, "not inspected"),
             reference_db=alike["reference"].get(name),
             engine_db=alike["engine"].get(name),
         )
@@ -348,8 +377,8 @@ def _write_report(
         layers=layers,
         sizes={
             "checkpoint": request.checkpoint.stat().st_size,
-            "fp32 graph": (folder / "twin.onnx").stat().st_size,
-            "quantized graph": (folder / "denoiser.onnx").stat().st_size,
+            "fp32 graph": bundle.weight_bytes("twin"),
+            "quantized graph": bundle.weight_bytes("denoiser"),
             "weights fp32": 4 * weights,
             "weights quantized": sum(row.stored_bytes for row in layers),
         },

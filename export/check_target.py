@@ -4,7 +4,8 @@ Compilers accept much that they then run in float, or run wrongly; these are the
 TensorRT ones were measured on TensorRT-RTX 1.7, the CPU ones on OpenVINO 2026.4 and ONNX Runtime 1.32:
 
     operands    both inputs of a quantized operator come from DequantizeLinear, through Reshape or Transpose at most
-    scales      finite and positive; an activation's is a rank-0 float32 constant; a weight's one per output channel
+    scales      finite and positive; an activation's is a rank-0 float32 constant; a weight's one per output channel,
+                or, where a linear layer's weight alone is quantized, one per block of its columns
     tensorrt    signed int8 with zero points of zero; float biases; int4 only through a requantization, and of even size
     cpu         no signed 8-bit quantizer behind a Concat: OpenVINO 2026.4 loses the sign there
     onnxruntime a convolution writes 8 bits, linear layers are MatMul, weights reach DequantizeLinear as int8: all else
@@ -80,20 +81,22 @@ class Operand:
 Rule = Callable[[Operand], Iterator[Violation]]
 
 
-def check_target(model: ir.Model, operators: Iterable[str], target: TargetName) -> None:
-    """Check every quantized operator of a lowered graph.
+def check_target(model: ir.Model, operators: Iterable[str], target: TargetName, *, weights_alone: bool = False) -> None:
+    """Check every quantized operator of a lowered graph; of those whose `weights_alone` are quantized, the weights.
 
     Raises:
         AccuQuantError: rules are broken; the first few are named, with their repairs.
     """
-    found = violations(model, operators, target)
+    found = violations(model, operators, target, weights_alone=weights_alone)
     if found:
         more = f" (and {len(found) - SHOWN} more)" if len(found) > SHOWN else ""
         told = ". ".join(str(v) for v in found[:SHOWN])
         raise AccuQuantError(f"the graph breaks the rules of target {target}: {told}{more}")
 
 
-def violations(model: ir.Model, operators: Iterable[str], target: TargetName) -> list[Violation]:
+def violations(
+    model: ir.Model, operators: Iterable[str], target: TargetName, *, weights_alone: bool = False
+) -> list[Violation]:
     """All broken rules, in the operators' order."""
     nodes = operator_nodes(model)
     found: list[Violation] = []
@@ -102,7 +105,7 @@ def violations(model: ir.Model, operators: Iterable[str], target: TargetName) ->
         if node is None:
             found.append(Violation(name, "no node of that name", "recipe and checkpoint do not fit"))
             continue
-        for index in (0, 1):
+        for index in (1,) if weights_alone else (0, 1):
             operand = _operand(node, index)
             if isinstance(operand, Violation):
                 found.append(operand)
@@ -136,9 +139,12 @@ def _scales(operand: Operand) -> Iterator[Violation]:
         bad = int(np.flatnonzero(~(np.isfinite(scale) & (scale > 0)))[0])
         rule = f"scale {bad} of {scale.size} is {scale.flatten()[bad]:g}"
         yield Violation(operand.where, rule, "calibrate again, or leave that channel's scale at that of its neighbours")
-    if operand.is_weight:
-        channels = _output_axis(operand.operator)
-        axis = operand.dequantize.attributes.get("axis")
+    axis = operand.dequantize.attributes.get("axis")
+    channels = _output_axis(operand.operator)
+    if "block_size" in operand.dequantize.attributes:
+        if operand.operator.op_type == "Conv" or axis is None or axis.as_int() == channels:
+            yield Violation(operand.where, "has a scale for each block", "keep blocks for the columns of linear layers")
+    elif operand.is_weight:
         if scale.ndim != 1 or axis is None or axis.as_int() != channels:
             rule = f"its weight has a scale of shape {scale.shape} along axis {axis and axis.as_int()}"
             yield Violation(operand.where, rule, f"use one scale per output channel, axis {channels}")
@@ -159,7 +165,8 @@ def _symmetric_int8(operand: Operand) -> Iterator[Violation]:
 
 def _int4_in_two_steps(operand: Operand) -> Iterator[Violation]:
     codes = operand.codes.const_value
-    if codes is not None and codes.dtype in (ir.DataType.INT4, ir.DataType.UINT4):
+    both = isinstance(_operand(operand.operator, 0), Operand)
+    if both and codes is not None and codes.dtype in (ir.DataType.INT4, ir.DataType.UINT4):
         yield Violation(operand.where, "feeds int4 straight into the operator", "requantize it to int8 (s / 16)")
     outer = operand.requantized
     packed = outer.inputs[0].const_value if outer is not None and outer.inputs[0] is not None else None

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from ..calibrate.cache import TrajectoryCache, default_folder
 from ..calibrate.guard import verdict
-from ..calibrate.scheme import POLICIES, QuantScheme, parse_bits
+from ..calibrate.scheme import POLICIES, QuantScheme, parse_precision
 from ..calibrate.spec import PRESETS, CalibrationSpec, PresetName, parse_settings
 from ..calibrate.trace import SAMPLERS
+from ..runtime.bundle import IN_TABLE, Manifest
 from ..runtime.console import bar, command, console, machine_facts
 from ..runtime.errors import AccuQuantError
 from .build import Request, Result, build, prepare
@@ -23,7 +24,7 @@ from .build import Request, Result, build, prepare
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A diffusion model's .ckpt, .pt, .pth or .safetensors.")],
-    bits: Annotated[str, typer.Option(help="Weights/activations, such as 4/8 or 8/8; 4 means 4/8.")] = "8/8",
+    bits: Annotated[str, typer.Option(help="Weights/activations: 8/8, 4/8 (or 4), 4/16, fp8 or fp16.")] = "8/8",
     out: Annotated[Path | None, typer.Option(help="Bundle folder [NAME-w4a8 in this folder].")] = None,
     target: Annotated[str, typer.Option(help="Whose kernels: cpu (OpenVINO), onnxruntime or tensorrt.")] = "cpu",
     preset: Annotated[str, typer.Option(help="Calibration effort: smoke, default or best.")] = "default",
@@ -36,6 +37,9 @@ def export(
         float, typer.Option(help="Share of the low-bit weights that keeps 8 bits, where rounding costs most.")
     ] = 0.1,
     split: Annotated[bool, typer.Option("--split", help="A scale for each part of a concatenated shortcut.")] = False,
+    attention: Annotated[
+        str, typer.Option(help="Attention's products: float or quantized [float for tensorrt, which fuses them so].")
+    ] = "auto",
     container: Annotated[str, typer.Option(help="Weights of up to 4 bits: packed two to a byte, or int8.")] = "packed",
     rest: Annotated[
         str, typer.Option(help="What is not integer, for tensorrt: float32 or float16 [float16 there].")
@@ -54,14 +58,13 @@ def export(
 ) -> None:
     """Calibrate a checkpoint over several sampling steps and write a low-bit bundle with its proof."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    weight_bits, activation_bits = parse_bits(bits)
     scheme = _validated(
         QuantScheme,
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
+        **parse_precision(bits),
         target=target,
         policy=policy,
         reserve=reserve,
+        attention=attention,
         container=container,
         split=split,
         rest=("float16" if target == "tensorrt" else "float32") if rest == "auto" else rest,
@@ -71,6 +74,8 @@ def export(
     chosen = dict(PRESETS[cast(PresetName, preset)]) | parse_settings(set_) | {"seed": seed}
     if group is not None:
         chosen["group"] = group
+    if scheme.nothing_quantized:
+        chosen |= {"trajectories": 1, "iterations": 0}
     request = Request(
         checkpoint=checkpoint,
         out=out or Path(f"{checkpoint.stem}-{scheme.name.lower()}"),
@@ -91,9 +96,12 @@ def export(
     console.print(
         f"scheme   {scheme.name} for {scheme.target}, policy {scheme.described}; {len(prepared.operators)} operators"
     )
+    learning = (
+        f"{spec.iterations} iterations on groups of M = {spec.group} steps, {spec.gradient} gradient, "
+        f"{spec.batch} of {spec.trajectories} trajectories each"
+    )
     console.print(
-        f"plan     {spec.iterations} iterations on groups of M = {spec.group} steps, {spec.gradient} gradient, "
-        f"{spec.batch} of {spec.trajectories} trajectories each; "
+        f"plan     {learning if prepared.operators else 'nothing to learn'}; "
         f"about {cost.seconds / 60:.1f} min and {cost.bytes / 2**30:.1f} GiB"
     )
     with bar() as show:
@@ -118,10 +126,17 @@ def _summary(request: Request, result: Result) -> Table:
     )
     stored = Counter((f.weight_bits, f.weight_container) for f in manifest.operators.values())
     for (bits, container), count in sorted(stored.items(), key=str):
+        weights = f"operators with {bits}-bit weights"
         what = (
-            "products of activations" if bits is None else f"operators with {bits}-bit weights, stored as {container}"
+            "products of activations"
+            if bits is None
+            else f"{weights}, looked up by timestep"
+            if container == IN_TABLE
+            else f"{weights}, stored as {container}"
         )
         table.add_row("", f"{count} {what}")
+    if manifest.operators:
+        table.add_row("quantized weights", _weights(manifest))
     ran = Counter(comparison.runs_as.values())
     shown = ", ".join(f"{n} as {p}" for p, n in ran.most_common()) or "the engine reports none"
     table.add_row("kernels on this machine", shown)
@@ -131,12 +146,13 @@ def _summary(request: Request, result: Result) -> Table:
     )
     table.add_row("SSIM to the fp twin", f"{comparison.ssim.mean():.4f} mean, n = {n}")
     held = result.outcome
-    table.add_row("begun from", str(held.beginning))
-    table.add_row(
-        "end-of-chain error",
-        f"{held.initial:.2e} at the start, {held.best:.2e} kept "
-        f"(iteration {held.kept}; n = {request.spec.held_out} held out)",
-    )
+    if manifest.operators:
+        table.add_row("begun from", str(held.beginning))
+        table.add_row(
+            "end-of-chain error",
+            f"{held.initial:.2e} at the start, {held.best:.2e} kept "
+            f"(iteration {held.kept}; n = {request.spec.held_out} held out)",
+        )
     if held.groups:
         table.add_row(f"groups of {request.spec.group} steps", verdict(held.groups))
     times = comparison.seconds
@@ -148,13 +164,25 @@ def _summary(request: Request, result: Result) -> Table:
     return table
 
 
+def _weights(manifest: Manifest) -> str:
+    """What they take on disk, and in a running engine: CPUs multiply bytes, whatever weights are stored in."""
+    operators = manifest.operators.values()
+    stored = sum(f.stored_bytes for f in operators)
+    widened = sum(0 if f.in_table else f.parameters for f in operators)
+    held = stored if manifest.target == "tensorrt" else widened
+    return f"{stored / 2**20:.2f} MiB stored, {held / 2**20:.2f} MiB in memory"
+
+
 def _validated(model: Any, **values: Any) -> Any:
     """Build a pydantic model; its complaint becomes one sentence."""
     try:
         return model(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise AccuQuantError(f"--{'.'.join(map(str, first['loc']))} {first['input']}: {first['msg']}") from error
+        said = first["msg"].removeprefix("Value error, ")
+        if first["loc"]:  # else it is about several of them together
+            said = f"--{'.'.join(map(str, first['loc']))} {first['input']}: {said}"
+        raise AccuQuantError(said) from error
 
 
 def _device(name: str) -> str:

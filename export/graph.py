@@ -2,17 +2,26 @@
 
 torch.onnx's dynamo exporter, opset 21 (the first with int4 and with GroupNormalization as torch computes it), batch
 axis dynamic. Only the float model is traced; quantizers are graph rewrites and never meet the exporter.
+
+Inputs are the latent `x`, the timestep `t` and, under their own names, whatever the network is conditioned on. A linear
+layer of a 2-D input becomes a Gemm, one of a 3-D input (tokens) a MatMul and an Add; attention that a network computes
+by torch's scaled_dot_product_attention has no module of its own, so its products stay in float.
 """
 
+import inspect
 import logging
+import os
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibrate.layers import QuantizedOperator, quantization
+from ..calibrate.trajectory import NOTHING, Condition
 from ..runtime.errors import AccuQuantError
 from ..runtime.files import atomic
 
@@ -23,16 +32,25 @@ OPERATOR_TYPES = {"conv": ("Conv",), "linear": ("Gemm", "MatMul"), "matmul": ("M
 EXTERNAL_DATA_ABOVE = 64 * 2**20  # bytes of weights; protobuf itself ends at 2 GiB
 
 
-def trace_float(network: nn.Module, operators: dict[str, QuantizedOperator], sample_shape: tuple[int, ...]) -> ir.Model:
-    """The float graph of `network(x, t)`, with x (batch, *sample_shape), t (batch,); weights are shared, not copied.
+def trace_float(
+    network: nn.Module,
+    operators: dict[str, QuantizedOperator],
+    sample_shape: tuple[int, ...],
+    condition: Condition = NOTHING,
+) -> ir.Model:
+    """The float graph of `network(x, t, **condition)`, x (batch, *sample_shape), t (batch,); weights are shared.
+
+    `condition` holds an example (B, ...) of every other input; only names, types and (...) are taken from it.
 
     Raises:
-        AccuQuantError: an operator that calibration knows has no node in the graph, or more than one.
+        AccuQuantError: the network does not take such an input, or an operator that calibration knows has no node in
+            the graph, or more than one.
     """
     device = next(network.parameters()).device
     x = torch.zeros(2, *sample_shape, device=device)
     t = torch.tensor([0.0, 1.0], device=device)
-    batch = torch.export.Dim("batch", min=1, max=65536)
+    given, dynamic = _arguments(network, condition)
+    given = {name: torch.cat([value[:1], value[:1]]).to(device) for name, value in given.items()}
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns of torchvision's absence, which is no concern of ours
@@ -42,11 +60,12 @@ def trace_float(network: nn.Module, operators: dict[str, QuantizedOperator], sam
             program = torch.onnx.export(
                 network,
                 (x, t),
+                kwargs=given,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[INPUT, TIMESTEP],
+                input_names=[INPUT, TIMESTEP, *given],
                 output_names=[OUTPUT],
-                dynamic_shapes={"x": {0: batch}, "t": {0: batch}},
+                dynamic_shapes=dynamic,
                 verbose=False,
             )
     finally:
@@ -56,6 +75,20 @@ def trace_float(network: nn.Module, operators: dict[str, QuantizedOperator], sam
     model.producer_name, model.producer_version = "accuquant", None
     _name_operators(model, operators)
     return model
+
+
+def _arguments(network: nn.Module, condition: Condition) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The condition in the order of the network's parameters, and the dynamic axis of every parameter."""
+    parameters = list(inspect.signature(network.forward).parameters.values())
+    named = [p.name for p in parameters[2:] if p.kind is not p.VAR_KEYWORD]  # torch.onnx cannot export the others
+    if wrong := condition.keys() - set(named):
+        raise AccuQuantError(
+            f"condition {min(wrong)}: {type(network).__name__} takes {', '.join(['x', 't', *named])}; wrap it in a "
+            "module whose forward has a parameter of that name"
+        )
+    ordered = {name: condition[name] for name in named if name in condition}
+    batch = {0: torch.export.Dim("batch", min=1, max=65536)}
+    return ordered, dict.fromkeys([*(p.name for p in parameters[:2]), *ordered], batch)
 
 
 def operator_nodes(model: ir.Model) -> dict[str, ir.Node]:
@@ -69,13 +102,24 @@ def _name_operators(model: ir.Model, operators: dict[str, QuantizedOperator]) ->
     for node in model.graph:
         scopes = node.metadata_props.get(SCOPES, "")
         for name in reversed([s.strip(" '\"") for s in scopes.strip("[]").split(",")]):
-            if name in operators and node.op_type in OPERATOR_TYPES[operators[name].kind]:
-                claims[name].append(node)
+            if name in operators:
+                if node.op_type in OPERATOR_TYPES[operators[name].kind]:
+                    claims[name].append(node)
                 break
     for name, nodes in claims.items():
+        kind = operators[name].kind
         if len(nodes) != 1:
+            found = ", ".join(f"{node.op_type} {node.name}" for node in nodes) or "none"
             raise AccuQuantError(
-                f"layer {name}: {len(nodes)} nodes in the exported graph where one {operators[name].kind} is expected"
+                f"layer {name}: {len(nodes)} nodes in the exported graph ({found}) where one "
+                f"{' or '.join(OPERATOR_TYPES[kind])} is expected; a module that is called more than once, or not at "
+                "all, cannot be quantized: give each call a module of its own, or keep this one in float"
+            )
+        weight = nodes[0].inputs[1]
+        if kind != "matmul" and (weight is None or weight.const_value is None):
+            raise AccuQuantError(
+                f"layer {name}: the weight of its {nodes[0].op_type} is computed in the exported graph, a constant is "
+                "expected; layers that share a weight cannot be quantized: keep them in float"
             )
         nodes[0].name = name
         _name_scaling(nodes[0], name)
@@ -89,11 +133,19 @@ def _name_scaling(product: ir.Node, name: str) -> None:
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Write the graph; weights go to `<name>.data` beside it once they are large."""
+    """Write the graph; weights go to `<name>.data` beside it once they are large, one at a time."""
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    data = path.with_name(path.name + ".data")
     if size <= EXTERNAL_DATA_ABOVE:
         with atomic(path) as part:
             ir.save(model, part)
+        data.unlink(missing_ok=True)  # of a larger graph that had this name
         return
-    # The graph names its data file, so both are written under their final names, inside a folder made atomically.
-    ir.save(model, path, external_data=path.name + ".data")
+    # A graph names its data file, so both are written under their own names elsewhere and then moved here. For a moment
+    # there is no graph, because a graph beside the data of another would be read without an error.
+    with atomic(path) as part, TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        ir.save(model, Path(folder) / path.name, external_data=data.name)
+        path.unlink(missing_ok=True)
+        with atomic(data) as part_of_data:
+            os.replace(Path(folder) / data.name, part_of_data)
+        os.replace(Path(folder) / path.name, part)

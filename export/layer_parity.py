@@ -72,6 +72,7 @@ def layer_parity(
                 model.graph.outputs.append(value)
 
     n = min(TRAJECTORIES, len(judge.seeds))
+    condition = {name: value.numpy() for name, value in judge.condition_of(slice(n), "cpu").items()}
     signal, noise = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0.0)
     with tempfile.TemporaryDirectory() as folder:
         save_graph(model, Path(folder) / "layers.onnx")
@@ -81,6 +82,7 @@ def layer_parity(
             fed = {
                 "x": (judge.states[i, :n] * step.input_scale).numpy(),
                 "t": np.full(n, step.timestep, np.float32),
+                **condition,
             }
             seen = {id(v): fed[str(v.name)] for v in model.graph.inputs}
             seen |= {id(v): array for v, array in zip(model.graph.outputs, engine.run_all(fed), strict=True)}

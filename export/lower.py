@@ -35,11 +35,11 @@ KERNEL_REWRITES: Mapping[TargetName, tuple[Callable[[ir.Model, Recipe], int], ..
 
 
 def lower(float_graph: ir.Model, recipe: Recipe, target: TargetName) -> tuple[ir.Model, ir.Model]:
-    """(quantized, twin); `float_graph` is left as it is."""
-    twin, quantized = _copy(float_graph), _copy(float_graph)
-    for model in (twin, quantized):
-        for reform in FLOAT_REWRITES[target]:
-            reform(model)
+    """(quantized, twin); `float_graph` is left as it is, and all three share the weights that they have in common."""
+    twin = _copy(float_graph)
+    for reform in FLOAT_REWRITES[target]:
+        reform(twin)
+    quantized = _copy(twin)
     recipe = split_shortcuts(quantized, recipe)
     correct_bias(quantized, recipe)
     smooth_inputs(quantized, recipe)
@@ -52,4 +52,5 @@ def lower(float_graph: ir.Model, recipe: Recipe, target: TargetName) -> tuple[ir
 
 
 def _copy(model: ir.Model) -> ir.Model:
-    return ir.from_proto(ir.to_proto(model))
+    """Nodes and values of its own around the same tensors: a rewrite replaces tensors and never writes into one."""
+    return model.clone()

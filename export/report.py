@@ -273,6 +273,8 @@ def _layers(layers: Sequence[LayerRow]) -> str:
 
 def _counted(layers: Sequence[LayerRow]) -> str:
     """How many operators there are at each precision, and in which precisions the engine runs them."""
+    if not layers:
+        return "<b>Nothing is quantized.</b>"
     stored = Counter((row.weight_bits, row.weight_container) for row in layers)
     kinds = [
         f"{count} with {bits}-bit weights ({escape(container)})"
@@ -285,7 +287,7 @@ def _counted(layers: Sequence[LayerRow]) -> str:
     missing = len(layers) - ran.total()
     words = [f"{count} as <b>{escape(word)}</b>" for word, count in ran.most_common()]
     words += [f"{missing} {NOT_INSPECTED}"] if missing else []
-    return f"{text} Kernels, in the engine's own words: {', '.join(words)}." if layers else text
+    return f"{text} Kernels, in the engine's own words: {', '.join(words)}."
 
 
 def _alike(layers: Sequence[LayerRow]) -> str:

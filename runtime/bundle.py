@@ -17,6 +17,7 @@ from .files import sha256, write_text
 from .plan import SamplingPlan
 
 NetworkName = Literal["denoiser", "twin"]
+IN_TABLE = "table"  # the container of weights whose results are stored for every timestep instead
 
 
 class NetworkFile(BaseModel):
@@ -44,6 +45,11 @@ class OperatorFacts(BaseModel):
     output: str | None = None  # None: it writes floats
     parameters: int
     stored_bytes: int
+
+    @property
+    def in_table(self) -> bool:
+        """Is it computed no more, but looked up by the timestep?"""
+        return self.weight_container == IN_TABLE
 
 
 class Manifest(BaseModel):

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from .bundle import OperatorFacts
 from .engines.base import Engine
 
-# What engines call a kernel that multiplies integers: OpenVINO i8 and u8, TensorRT Int8 and Int4.
-INTEGER = frozenset({"i8", "u8", "Int8", "Int4"})
+# What engines call a kernel that multiplies few bits: OpenVINO i8 and u8, TensorRT Int8, Int4 and FP8.
+LOW_BIT = frozenset({"i8", "u8", "Int8", "Int4", "FP8"})
+LOOKED_UP = "looked up"  # what is said of operators that the graph has in its table of timesteps
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,21 @@ def operator_precisions(engine: Engine, operators: Iterable[str]) -> dict[str, s
 
 
 def judge(operators: dict[str, OperatorFacts], got: dict[str, str]) -> list[Verdict]:
-    """One verdict an operator, in the manifest's order; every operator of a manifest asks for integer kernels."""
+    """One verdict an operator, in the manifest's order.
+
+    An operator with quantized inputs asks for a low-bit kernel, one whose weight alone is quantized for a float one.
+    """
     verdicts = []
     for name, facts in operators.items():
-        weights = "" if facts.weight_bits is None else f"int{facts.weight_bits} weights, "
-        precision = got.get(name, "")
+        number = "fp" if facts.weight_container == "float8" else "int"
+        weights = [] if facts.weight_bits is None else [f"{number}{facts.weight_bits} weights"]
+        precision = LOOKED_UP if facts.in_table else got.get(name, "")
         if not precision:
             why = "no kernel of that name: the engine reports none, or fused it away"
-        elif precision in INTEGER:
+        elif precision in {*LOW_BIT, LOOKED_UP} or not facts.inputs:
             why = ""
         else:
             why = "the engine left its Q/DQ unfused and multiplies in float"
-        asked = weights + " x ".join(facts.inputs)
+        asked = ", ".join([*weights, *([" x ".join(facts.inputs)] if facts.inputs else [])])
         verdicts.append(Verdict(name, asked, facts.weight_container, precision or "not reported", why))
     return verdicts

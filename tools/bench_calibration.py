@@ -119,8 +119,10 @@ def cell(model: str, gradient: str, depth: int, batch: int, iterations: int, bit
     gc.collect()
     forget_peak()
     held = resident("VmRSS")
-    iteration()
     begun = time.perf_counter()
+    iteration()
+    if iterations:  # then the first one only warms up
+        begun = time.perf_counter()
     for _ in range(iterations):
         iteration()
     seconds = (time.perf_counter() - begun) / max(1, iterations)
@@ -136,6 +138,7 @@ def main(
     gradients: Annotated[str, typer.Option()] = ",".join(GRADIENTS),
     limit_gib: Annotated[float, typer.Option(help="Address space of a cell; beyond it, it is given up.")] = 20.0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+    note: Annotated[str, typer.Option(help="What a reader of the numbers should know, such as other work.")] = "",
     only_cell: Annotated[str, typer.Option("--cell", hidden=True)] = "",
 ) -> None:
     """Measure every cell, print the table, write JSON and the plot beside it."""
@@ -171,6 +174,7 @@ def main(
         "batch": batch,
         "iterations": iterations,
         "threads": torch.get_num_threads(),
+        "note": note,
         "machine": machine_facts(),
         "versions": versions(),
         "rows": rows,

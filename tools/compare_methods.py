@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from accuquant.calibrate.scheme import QuantScheme, parse_bits
+from accuquant.calibrate.scheme import QuantScheme, parse_precision
 from accuquant.calibrate.spec import CalibrationSpec, parse_settings
 from accuquant.export.build import versions
 from accuquant.runtime.console import bar, command, console, machine_facts
@@ -160,9 +160,8 @@ def chosen(sweep: str, spec: CalibrationSpec, only: str) -> list[Entry]:
 
 
 def scheme_of(bits: str, target: str, policy: str, reserve: float, split: bool) -> QuantScheme:
-    weights, activations = parse_bits(bits)
-    asked = {"weight_bits": weights, "activation_bits": activations, "target": target, "policy": policy}
-    return QuantScheme.model_validate(asked | {"reserve": reserve, "split": split})
+    asked = {"target": target, "policy": policy, "reserve": reserve, "split": split}
+    return QuantScheme.model_validate(parse_precision(bits) | asked)
 
 
 def held_rows(path: Path, header: Mapping[str, Any], resume: bool) -> list[dict[str, Any]]:

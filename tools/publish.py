@@ -1,6 +1,6 @@
-"""Draw the README's results and the model card from measured JSON; no number in either is typed by hand.
+"""Draw the README's results, the page of all results and the model card from measured JSON; no number is typed by hand.
 
-python tools/publish.py            # rewrites README.md between its markers, and tools/reference/MODEL_CARD.md
+python tools/publish.py   # README.md between its markers, tools/results/README.md, tools/reference/MODEL_CARD.md
 """
 
 import json
@@ -21,6 +21,15 @@ TITLES = {
     "start": "groups start from",
     "sharing": "activation parameters",
     "learned": "what is learned",
+}
+SHOWN = ("w4a8", "w8a8")  # of the methods, in the README
+HEADINGS = {
+    "methods": "Calibration methods, by bits",
+    "m": "How many steps a group has",
+    "gradient": "How the gradient reaches the steps of a group",
+    "start": "Where groups start and what they must end in",
+    "sharing": "One set of activation parameters, or one for each stretch of the chain",
+    "learned": "What is learned beside activation parameters",
 }
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -76,7 +85,65 @@ def cost_table(report: dict[str, Any]) -> str:
         lines.append(f"| {gradient} | " + " | ".join(shown) + " |")
     caption = (
         f"Peak memory of the process and time of one iteration, {report['model']}, {report['scheme']}, batch "
-        f"{report['batch']}, {report['threads']} threads; {machine(report['machine'])}."
+        f"{report['batch']}, {report['threads']} threads{'; ' + report['note'] if report.get('note') else ''}; "
+        f"{machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def export_table(report: dict[str, Any]) -> str:
+    """Memory, time and size of exports at real sizes, as markdown."""
+    gib = 2**30
+    lines = [
+        "| shape | | parameters | operators | peak (not droppable) | time | fp32 graph | quantized | compiled "
+        "| plan | as |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in report["rows"]:
+        files = {kind: sum(v for k, v in row["files"].items() if k.startswith(kind)) for kind in ("twin", "denoiser")}
+        made = row.get("compiled") or {}
+        told = ["-", "-", "-"]
+        if "plan_bytes" in made:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in made["operators_by_precision"].items())
+            told = [f"{made['peak_bytes'] / gib:.2f} GiB, {made['seconds']:.0f} s"]
+            told += [f"{made['plan_bytes'] / gib:.2f} GiB", kinds]
+        cells = [
+            row["shape"], row["scheme"], f"{row['parameters'] / 1e6:.0f} M", str(sum(row["operators"].values())),
+            f"{row['peak_bytes'] / gib:.2f} ({row['held_bytes'] / gib:.2f}) GiB", f"{row['seconds']:.0f} s",
+            f"{files['twin'] / gib:.2f} GiB", f"{files['denoiser'] / gib:.2f} GiB", *told,
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    caption = (
+        f"Random weights, target tensorrt, {report['threads']} thread, beside other work; compiled ahead of time by "
+        f"TensorRT-RTX {report['versions']['tensorrt-rtx']} for Ada, not run; {machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def yardstick_table(report: dict[str, Any]) -> str:
+    """Other quantizers beside ours, as markdown."""
+    lines = [
+        "| | PSNR to fp, mean (p10) | MSE, median | 8-bit kernels | in TensorRT-RTX | MiB | step at 1 | step at 8 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in report["rows"].items():
+        if "failed" in row:
+            lines.append(f"| {name} | {row['failed']} |" + " |" * 6)
+            continue
+        rtx, covered = row.get("compiled"), row["coverage"]
+        told = "no ONNX" if rtx is None else "refused" if "refused" in rtx else f"{rtx['low_bit']} of {rtx['all']}"
+        steps = (f"{row['step_seconds'][batch]['cpu'] * 1e3:.2f} ms" for batch in ("1", "8"))
+        cells = [
+            name, f"{row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB", f"{row['mse_median']:.2e}",
+            f"{covered['low_bit']} of {covered['all']}, {row['engine']}", told, f"{row['file_bytes'] / 2**20:.2f}",
+            *steps,
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    note = f", {report['note']}" if report["note"] else ""
+    caption = (
+        f"{report['bundle']}, {report['steps']} steps, seeds 0..{report['n'] - 1}; peers calibrated on "
+        f"{report['samples']} calls along trajectories of other seeds; median CPU time of {report['repeats']} "
+        f"interleaved steps, {report['threads']} thread{note}; {machine(report['machine'])}."
     )
     return "\n".join([*lines, "", caption])
 
@@ -108,13 +175,12 @@ def readme_results() -> str:
         "| ![the same 64 seeds on integer kernels](tools/results/int.png) |",
         "",
     ]
-    for path in sorted(RESULTS.glob("methods-*.json")):
-        parts += [methods_table(json.loads(path.read_text())), ""]
+    for bits in SHOWN:
+        parts += [methods_table(json.loads((RESULTS / f"methods-{bits}.json").read_text())), ""]
     if (RESULTS / "methods.svg").exists():
         parts += ["![quality by method and bits](tools/results/methods.svg)", ""]
-    for path in sorted(RESULTS.glob("methods-*.drift.svg")):
-        drift = path.relative_to(ROOT)
-        single = str(drift).replace(".drift.", ".single.")
+    for bits in SHOWN:
+        drift, single = (f"tools/results/methods-{bits}.{kind}.svg" for kind in ("drift", "single"))
         parts += [
             "| accumulated | alone |",
             "|---|---|",
@@ -123,8 +189,32 @@ def readme_results() -> str:
         ]
     for path in sorted(RESULTS.glob("bench-*.json")):
         parts += [bench_table(json.loads(path.read_text())), ""]
-    for path in sorted(RESULTS.glob("cost-*.json")):
-        parts += [cost_table(json.loads(path.read_text())), ""]
+    parts += ["More: [everything measured](tools/results/README.md).", ""]
+    return "\n".join(parts)
+
+
+def results_page() -> str:
+    """All comparisons and costs that lie in the folder, with their plots."""
+    parts = ["# Measured", "", "Drawn by `tools/publish.py` from the JSON beside it; every JSON names its machine.", ""]
+    for sweep, heading in HEADINGS.items():
+        found = sorted(RESULTS.glob(f"{sweep}-w*.json"))
+        parts += [f"## {heading}", ""] if found else []
+        for path in found:
+            parts += [methods_table(json.loads(path.read_text())), ""]
+            parts += [f"![error along the chain]({path.stem}.drift.svg)", ""]
+    costs = sorted(RESULTS.glob("cost-*.json"))
+    parts += ["## Memory and time of an iteration", ""] if costs else []
+    for path in costs:
+        parts += [cost_table(json.loads(path.read_text())), "", f"![peak memory by M]({path.stem}.svg)", ""]
+    for heading, pattern, draw in (
+        ("Other quantizers beside ours", "yardsticks*.json", yardstick_table),
+        ("Export at real sizes", "export-sizes.json", export_table),
+    ):
+        found = sorted(RESULTS.glob(pattern))
+        parts += [f"## {heading}", ""] if found else []
+        for path in found:
+            parts += [draw(json.loads(path.read_text())), ""]
+            parts += [f"![]({path.stem}.svg)", ""] if path.with_suffix(".svg").exists() else []
     return "\n".join(parts)
 
 
@@ -167,6 +257,7 @@ def main() -> None:
     readme = (ROOT / "README.md").read_text()
     block = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     (ROOT / "README.md").write_text(block.sub(lambda _: f"{BEGIN}\n{readme_results()}{END}", readme))
+    (RESULTS / "README.md").write_text(results_page())
     (REFERENCE / "MODEL_CARD.md").write_text(model_card())
 
 

@@ -2,10 +2,11 @@
 
     x -> Cast -> ... -> QuantizeLinear(s float32) -> DequantizeLinear(s float32, to 16 bits) -> ... -> Cast -> y
 
-What depends on the latent is cast; what depends on the timestep alone stays float32, because the sinusoids of a
-timestep need its digits, and is cast where it meets the latent. Scales stay float32, so the integers are the same ones.
-The graph's inputs and output stay float32, as every engine of ours has them. Strongly typed compilers (TensorRT) take
-types as they stand, and most of a step's memory traffic is in this rest.
+What depends on the latent is cast; what depends on the timestep or on a condition alone stays float32, because the
+sinusoids of a timestep (or of a picture's size) need its digits, and is cast where it meets the latent. Scales stay
+float32, so the integers are the same ones; only where int4 weights alone are quantized, theirs are cast too. Inputs and
+output of the graph stay float32, as every engine of ours has them. Strongly typed compilers (TensorRT) take types as
+they stand, and most of a step's memory traffic is in this rest.
 
 Requires: insert_qdq has run.
 Ensures: opset 23, whose QuantizeLinear takes a scale of another type and whose DequantizeLinear names its result's.
@@ -77,8 +78,13 @@ class _Cast:
         return sixteen
 
     def result_of(self, dequantize: ir.Node) -> None:
-        """Let a DequantizeLinear write 16 bits."""
-        dequantize.attributes["output_dtype"] = ir.AttrInt64("output_dtype", self.dtype)
+        """Let a DequantizeLinear write 16 bits; compilers take int4 codes only with a scale of the same type."""
+        codes, scale = dequantize.inputs[0], dequantize.inputs[1]
+        if codes is not None and scale is not None and codes.dtype == ir.DataType.INT4:
+            dequantize.replace_input_with(1, self._sixteen(scale, dequantize))
+            drop_unused(self.model, scale)
+        else:
+            dequantize.attributes["output_dtype"] = ir.AttrInt64("output_dtype", self.dtype)
         value = dequantize.outputs[0]
         value.type = ir.TensorType(self.dtype)
 

@@ -10,6 +10,7 @@ Requires: nodes named as in the recipe. Ensures: every activation input of those
 scale is a rank-0 float32 constant.
 """
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -45,7 +46,8 @@ def insert_qdq(model: ir.Model, recipe: Recipe) -> int:
 
 
 def _pair(model: ir.Model, before: ir.Node, x: ir.Value, name: str, facts: ActivationRecipe) -> ir.Value:
-    container = np.int8 if facts.signed else np.uint8
+    integer = np.int8 if facts.signed else np.uint8
+    container = ml_dtypes.float8_e4m3fn if facts.number == "float8" else integer
     scale = constant(model, f"{name}.scale", np.float32(facts.scale))
     zero = constant(model, f"{name}.zero_point", container(facts.zero_point))
     if facts.bits < 8:

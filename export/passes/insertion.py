@@ -1,6 +1,6 @@
 """Putting constants and nodes into a graph; what every rewrite does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +11,16 @@ LIKE_THEIR_INPUT = frozenset({"Add", "Clip", "Div", "Mul"})  # in shape and type
 def constant(model: ir.Model, name: str, value: np.ndarray | np.generic) -> ir.Value:
     """An initializer of the graph."""
     made = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(value).reshape(np.shape(value)), name=name))
+    model.graph.register_initializer(made)
+    return made
+
+
+def deferred(
+    model: ir.Model, name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], np.ndarray]
+) -> ir.Value:
+    """An initializer whose values are made each time they are read, so that they need no memory before."""
+    tensor = ir.LazyTensor(lambda: ir.tensor(make(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name)
+    made = ir.val(name, const_value=tensor)
     model.graph.register_initializer(made)
     return made
 

@@ -6,6 +6,8 @@ A code v becomes 16 v in [-128, 112], times s / 16: the same weight, bit for bit
 stay 4 bits in the engine. Fed to an int8 convolution directly, int4 is refused by TensorRT's compiler; with one and the
 same scale on both sides its optimizer cancels the pair.
 
+Where weights alone are quantized there is no int8 kernel to feed, and int4 stays as it is.
+
 Requires: store_weights has run. Ensures: every int4 weight reaches its operator as int8 through a DequantizeLinear.
 """
 
@@ -22,6 +24,8 @@ STEP = np.float32(16)
 def requantize_int4(model: ir.Model, recipe: Recipe) -> int:
     """Rewrite in place; returns how many weights were requantized."""
     nodes = operator_nodes(model)
+    if recipe.facts.scheme.weights_alone:
+        return 0
     packed = [name for name in recipe.codes if recipe.container(name) == "int4"]
     for name in packed:
         outer = nodes[f"{name}.weight.dequantize"]

@@ -1,19 +1,27 @@
-"""Replace float weights by the recipe's integers and a DequantizeLinear.
+"""Replace float weights by the recipe's codes and a DequantizeLinear.
 
-    w (C, ...) float   ->   codes (C, ...) int4 | int8  --DequantizeLinear(scale (C,), axis)-->  w
+    w (C, ...) float   ->   codes (C, ...) int4 | int8 | float8  --DequantizeLinear(scale (C,), axis)-->  w
+    w (C, K) float     ->   codes (C, K) --DequantizeLinear(scale (C, K / block), block_size)-->  w
 
 Requires: every weighted operator of the recipe is a node of that name with a constant weight.
-Ensures: its weight input is a DequantizeLinear over stored integers, one scale per output channel; the bias is float
-and untouched. Weights of up to 4 bits are stored as 4 bits where the recipe's container says so.
+Ensures: its weight input is a DequantizeLinear over stored codes, one scale per output channel or per block of columns;
+the bias is float and untouched. Weights of up to 4 bits are stored as 4 bits where the recipe's container says so. The
+graph holds no copy of the recipe's codes: they take their stored form when it is written.
 """
 
+from functools import partial
+
 import ml_dtypes
+import numpy as np
 import onnx_ir as ir
+import torch
 
 from ...calibrate.recipe import Recipe
 from ...runtime.errors import AccuQuantError
 from ..graph import operator_nodes
-from .insertion import constant, drop_unused, insert_before
+from .insertion import constant, deferred, drop_unused, insert_before
+
+STORED = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "float8": ir.DataType.FLOAT8E4M3FN}
 
 
 def store_weights(model: ir.Model, recipe: Recipe) -> int:
@@ -30,20 +38,30 @@ def store_weights(model: ir.Model, recipe: Recipe) -> int:
         weight = node.inputs[1]
         if weight is None or weight.const_value is None:
             raise AccuQuantError(f"layer {name}: its weight is not a constant of the graph")
-        integers = codes.numpy()
         transposed = node.op_type == "MatMul"  # x @ w: the exporter stores (in, out)
+        held, scale = _array(codes), recipe.scales[name].numpy()
         if transposed:
-            integers = integers.T
-        if tuple(weight.const_value.shape) != integers.shape:
+            held, scale = held.T, scale.T
+        if tuple(weight.const_value.shape) != held.shape:
             raise AccuQuantError(
-                f"layer {name}: the recipe's weight is {integers.shape}, the graph's {tuple(weight.const_value.shape)}"
+                f"layer {name}: the recipe's weight is {held.shape}, the graph's {tuple(weight.const_value.shape)}"
             )
-        stored = integers.astype(ml_dtypes.int4) if recipe.container(name) == "int4" else integers
-        packed = constant(model, f"{name}.weight.codes", stored)
-        scale = constant(model, f"{name}.weight.scale", recipe.scales[name].numpy())
-        value = insert_before(
-            model, node, "DequantizeLinear", [packed, scale], f"{name}.weight.dequantize", axis=1 if transposed else 0
-        )
+        dtype = STORED[recipe.container(name) or "int8"]
+        packed = deferred(model, f"{name}.weight.codes", dtype, held.shape, partial(_stored, held, dtype))
+        stored = [packed, constant(model, f"{name}.weight.scale", scale)]
+        axis = int(transposed) if scale.ndim == 1 else int(not transposed)
+        blocks = {} if scale.ndim == 1 else {"block_size": held.shape[axis] // scale.shape[axis]}
+        value = insert_before(model, node, "DequantizeLinear", stored, f"{name}.weight.dequantize", axis=axis, **blocks)
         node.replace_input_with(1, value)
         drop_unused(model, weight)
     return len(recipe.codes)
+
+
+def _array(codes: torch.Tensor) -> np.ndarray:
+    if codes.dtype == torch.float8_e4m3fn:  # numpy knows these only by ml_dtypes' name
+        return codes.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    return codes.numpy()
+
+
+def _stored(codes: np.ndarray, dtype: ir.DataType) -> np.ndarray:
+    return np.ascontiguousarray(codes.astype(dtype.numpy()))

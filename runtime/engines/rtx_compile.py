@@ -121,7 +121,8 @@ def _build(asked: dict[str, Any]) -> dict[str, str]:
     failures = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
     if plan is None:
         return refused([message for severity, message in rows if severity in failures])
-    Path(asked["plan"]).write_bytes(bytes(plan))
+    with Path(asked["plan"]).open("wb") as file:
+        file.write(plan)  # as it lies in memory: a plan can be gigabytes
     return {"refused": "", "log": "\n".join(message for _, message in rows)}
 
 

@@ -18,15 +18,21 @@ from .base import Kernel
 # Kernels that multiply: `correlation` is a convolution, `runtime_fusion` a matmul whose kernel is chosen on the device.
 PRODUCTS = frozenset({"correlation", "deconv", "gemm", "runtime_fusion"})
 
+LOW_BIT = frozenset({"Int4", "Int8", "FP8"})
+
 _LAYER = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]+), (?P<rest>.*)$")
 _FIRST = re.compile(r"\[ \{.*?Datatype: (?P<type>\w+)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+_STORED = re.compile(rf"Datatype: ({'|'.join(sorted(LOW_BIT))})\b")
 _BYTES = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The kernels of a plan in order, and what it holds in memory. A kernel's precision is its first input's."""
+    """The kernels of a plan in order, and what it holds in memory.
+
+    A kernel's precision is its first input's; a product of floats and stored codes is "Half x Int4", say.
+    """
 
     kernels: tuple[Kernel, ...]
     weights_bytes: int
@@ -52,7 +58,11 @@ def parse_log(text: str) -> Compiled:
         if match := _LAYER.match(line):
             inputs, _, constants = match["rest"].partition("Constants: ")
             first = _FIRST.search(inputs) or _FIRST.search(constants)
-            kernels.append(Kernel(match["kind"], first["type"] if first else "-", tuple(_NODE.findall(match["rest"]))))
+            precision = first["type"] if first else "-"
+            stored = _STORED.search(constants.partition("Outputs: ")[0])
+            if stored and match["kind"] in PRODUCTS and precision not in LOW_BIT:
+                precision = f"{precision} x {stored[1]}"
+            kernels.append(Kernel(match["kind"], precision, tuple(_NODE.findall(match["rest"]))))
         elif line.startswith("I/O Tensors:"):
             break
     if not kernels:

@@ -51,6 +51,25 @@ def test_correlated_inputs_lose_less_than_by_rounding_to_nearest(seed):
     assert error(gptq.round_columns(weight, scale, INT4, moments.clone())) < 0.75 * error(weight)
 
 
+def test_a_scale_for_each_block_of_columns_is_used_for_those_columns():
+    """With blocks of one scale each the result is that of one scale; a block's scale touches no other block's codes."""
+    weight, scale, moments = problem(columns=12, rows=5)
+    one = gptq.round_columns(weight, scale, INT4, moments.clone())
+    assert torch.equal(gptq.round_columns(weight, scale.expand(5, 12), INT4, moments.clone()), one)
+    generator = torch.Generator().manual_seed(1)
+    blocks = (scale * (0.5 + torch.rand(5, 3, generator=generator, dtype=torch.float64))).repeat_interleave(4, 1)
+    alone = torch.cat([moments[k : k + 4, k : k + 4] for k in (0, 4, 8)], 1)
+    apart = torch.block_diag(*alone.split(4, 1))
+    h = gptq.DAMPING * apart.diagonal().mean()  # the damping is of all columns; give each block the same
+    whole = gptq.round_columns(weight, blocks, INT4, apart.clone())
+    for k in (0, 4, 8):
+        part = apart[k : k + 4, k : k + 4]
+        own = gptq.DAMPING * part.diagonal().mean()
+        part = part + (h - own) * torch.eye(4, dtype=part.dtype)
+        made = gptq.round_columns(weight[:, k : k + 4], blocks[:, k : k + 1], INT4, part)
+        assert torch.allclose(rounded(made, blocks[:, k : k + 1]), rounded(whole[:, k : k + 4], blocks[:, k : k + 1]))
+
+
 def test_inputs_without_correlation_round_to_nearest():
     weight, scale, moments = problem()
     assert torch.equal(gptq.round_columns(weight, scale, INT4, moments.diagonal().diag()), weight)

@@ -5,7 +5,7 @@ import torch
 from accuquant.calibrate.families.ddim import role_of
 from accuquant.calibrate.grid import Grid
 from accuquant.calibrate.layers import quantize_operators
-from accuquant.calibrate.scheme import QuantScheme, parse_bits
+from accuquant.calibrate.scheme import QuantScheme, parse_bits, parse_precision
 from accuquant.runtime.errors import AccuQuantError
 from pydantic import ValidationError
 
@@ -25,6 +25,7 @@ ENDS = ["first", "last", "time"]
         ("4", (4, 8)),
         ("w4", (4, 8)),
         (" 4/8 ", (4, 8)),
+        ("w4a16", (4, 16)),
     ],
 )
 def test_bits_that_are_understood(text, bits):
@@ -45,7 +46,7 @@ def test_bits_that_are_not_understood_say_how_to_write_them(text):
     [
         ("1/8", "1-bit weight"),
         ("9/8", "9-bit weight"),
-        ("4/16", "16-bit activation"),
+        ("4/12", "12-bit activation"),
         ("4/0", "0-bit activation"),
         ("32", "32-bit weight"),
     ],
@@ -53,6 +54,57 @@ def test_bits_that_are_not_understood_say_how_to_write_them(text):
 def test_bits_out_of_range_say_which(text, said):
     with pytest.raises(AccuQuantError, match=said):
         parse_bits(text)
+
+
+@pytest.mark.parametrize("text", ["fp8", "FP8", " float8 "])
+def test_8_bit_floats_are_understood(text):
+    scheme = QuantScheme(target="tensorrt", **parse_precision(text))
+    assert scheme.name == "FP8"
+    assert scheme.weight_grid("body").dtype == torch.float8_e4m3fn
+    assert scheme.activation_grid("attention", "matmul") == scheme.weight_grid("body")
+
+
+def test_weights_alone_leave_activations_and_their_products_in_float(tiny_unet):
+    scheme = QuantScheme(target="tensorrt", **parse_precision("4/16"))
+    assert scheme.name == "W4A16"
+    operators = quantize_operators(tiny_unet, scheme, role_of)
+    assert {operator.kind for operator in operators.values()} == {"conv", "linear"}
+    assert not any(operator.quantizers for operator in operators.values())
+    assert [scheme.weight_block(columns) for columns in (320, 96, 48, 64, 16, 20)] == [64, 32, 16, 32, None, None]
+
+
+@pytest.mark.parametrize(
+    ("asked", "quantized"),
+    [
+        ({}, True),
+        ({"attention": "float"}, False),
+        ({"target": "tensorrt"}, False),  # has a fused kernel for floats
+        ({"target": "tensorrt", "attention": "quantized"}, True),
+        ({"target": "tensorrt", "number": "float8"}, True),  # and one for these
+    ],
+)
+def test_products_of_attention_are_quantized_where_that_wins(tiny_unet, asked, quantized):
+    scheme = QuantScheme(weight_bits=8, activation_bits=8, **asked)
+    kinds = {operator.kind for operator in quantize_operators(tiny_unet, scheme, role_of).values()}
+    assert ("matmul" in kinds) == quantized
+    assert ("attention products in float" in scheme.described) != quantized
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"number": "float8", "weight_bits": 8, "activation_bits": 8}, "FP8 is for --target tensorrt; cpu is OpenVINO"),
+        ({"weight_bits": 4, "activation_bits": 16}, "W4A16 is for --target tensorrt; cpu is OpenVINO"),
+        ({"weight_bits": 4, "activation_bits": 12}, "12-bit activations; 2 to 8 bits, or 16"),
+        ({"weight_bits": 12, "activation_bits": 8}, "12-bit weights; 2 to 8 bits, or 16"),
+        ({"weight_bits": 16, "activation_bits": 8, "target": "tensorrt", "rest": "float16"}, "float16 throughout"),
+        ({"weight_bits": 16, "activation_bits": 16, "target": "tensorrt"}, "--bits fp16 --target tensorrt"),
+        ({"number": "float8", "weight_bits": 4, "activation_bits": 8, "target": "tensorrt"}, "8-bit floats are 8 bits"),
+    ],
+)
+def test_what_a_target_has_no_kernels_for_is_refused(asked, said):
+    with pytest.raises(ValidationError, match=said):
+        QuantScheme(**asked)
 
 
 @pytest.mark.parametrize("role", BODY)

@@ -53,6 +53,8 @@ def test_export_says_what_it_found_and_what_it_made(exported):
         "PSNR to the fp twin",
         "n = 4",
         "4-bit weights, stored as int4",
+        "4-bit weights, looked up by timestep",
+        "MiB stored, ",
     ):
         assert words in done.stdout, words
     assert "Warning" not in done.stderr

@@ -48,7 +48,8 @@ def test_bundle_holds_what_the_design_says(tiny_bundle):
     report = json.loads((tiny_bundle.folder / "report" / "report.json").read_text())
     assert report["n"] == 8
     assert len(report["drift"]) == len(tiny_bundle.plan)
-    assert {row["runs_as"] for row in report["layers"]} <= {"i8", "u8"}
+    assert {row["runs_as"] for row in report["layers"] if row["role"] != "time"} <= {"i8", "u8"}
+    assert {row["runs_as"] for row in report["layers"] if row["role"] == "time"} == {"looked up"}
     assert all(row["reference_db"] > 100 and row["engine_db"] > 45 for row in report["layers"])
 
 
@@ -153,8 +154,9 @@ def test_a_bundle_for_onnxruntime_goes_the_whole_way(request_for):
     made = build(asked, prepare(asked), quiet)
     assert made.comparison.engine.startswith("ONNX Runtime")
     assert set(made.comparison.runs_as.values()) <= {"i8", "u8"}
-    assert made.comparison.runs_as.keys() == made.bundle.manifest.operators.keys()
-    assert all(facts.weight_container in ("int4", "int8", "-") for facts in made.bundle.manifest.operators.values())
+    operators = made.bundle.manifest.operators
+    assert made.comparison.runs_as.keys() == {name for name, facts in operators.items() if not facts.in_table}
+    assert all(facts.weight_container in ("int4", "int8", "table", "-") for facts in operators.values())
     written = {name for name, facts in made.bundle.manifest.operators.items() if facts.output}
     convolutions = {name for name, facts in made.bundle.manifest.operators.items() if facts.kind == "conv"}
     assert written == convolutions

@@ -158,10 +158,13 @@ def test_only_operator_inputs_get_quantizers(w4a8):
         ((8, 8), "tensorrt"),
         ((4, 4), "tensorrt"),
         ((4, 8), "onnxruntime"),
+        ((4, 16), "tensorrt"),
+        ((8, 8, "float8"), "tensorrt"),
     ],
 )
 def test_lowered_graph_computes_what_the_simulation_computes(tiny, tmp_path, bits, target):
-    lowered = Lowered(tiny, weight_bits=bits[0], activation_bits=bits[1], target=target)
+    scheme = dict(zip(("weight_bits", "activation_bits", "number"), bits, strict=False))
+    lowered = Lowered(tiny, target=target, **scheme)
     quantized, twin = lower(lowered.graph, lowered.recipe, lowered.scheme.target)
     fp, simulation = lowered.torch_output(active=False), lowered.torch_output(active=True)
     out = lowered.run(quantized, tmp_path / "q.onnx")
@@ -169,6 +172,25 @@ def test_lowered_graph_computes_what_the_simulation_computes(tiny, tmp_path, bit
     # Rounding flips spread, so the two executions are held against full precision, not against each other.
     assert sqnr(fp, out) == pytest.approx(sqnr(fp, simulation), abs=0.5)
     assert sqnr(simulation, out) > sqnr(fp, simulation) + 3
+
+
+def test_blocks_of_columns_are_stored_with_a_scale_each(tiny, tmp_path):
+    """4-bit codes of a linear layer's weight, times the scale of their block, are the weight that was simulated."""
+    made = Lowered(tiny, weight_bits=4, activation_bits=16, target="tensorrt")
+    quantized, _ = lower(made.graph, made.recipe, "tensorrt")
+    name = "down.0.block.0.temb_proj"
+    dequantize = operator_nodes(quantized)[f"{name}.weight.dequantize"]
+    codes, scale = (value.const_value for value in dequantize.inputs[:2])
+    assert codes.dtype == ir.DataType.INT4
+    assert (tuple(codes.shape), tuple(scale.shape)) == ((32, 128), (32, 2))
+    assert {k: v.as_int() for k, v in dequantize.attributes.items()} == {"axis": 1, "block_size": 64}
+    simulated, _ = made.operators[name].weight_codes()
+    stored = codes.numpy().astype(np.float32) * scale.numpy().repeat(64, axis=1)
+    np.testing.assert_array_equal(stored, simulated.detach().numpy())
+    assert not [node for node in quantized.graph if node.op_type == "QuantizeLinear"]  # activations are left alone
+    check_target(quantized, made.operators, "tensorrt", weights_alone=True)
+    with pytest.raises(AccuQuantError, match=r"comes from .*, not from DequantizeLinear"):
+        check_target(quantized, made.operators, "tensorrt")
 
 
 @pytest.fixture(scope="module")
@@ -303,14 +325,14 @@ def test_a_table_of_scales_is_looked_up_by_every_sample(tiny, tmp_path, target, 
 
 
 def test_a_table_stays_in_integer_kernels(tiny, tmp_path):
-    from accuquant.runtime.inspection import INTEGER, operator_precisions
+    from accuquant.runtime.inspection import LOW_BIT, operator_precisions
 
     made = Lowered(tiny, table=4, weight_bits=4, activation_bits=8)
     save_graph(lower(made.graph, made.recipe, "cpu")[0], tmp_path / "q.onnx")
     engine = open_engine(tmp_path / "q.onnx", EngineOptions(batch=2), "openvino")
     precisions = operator_precisions(engine, made.operators)
     assert precisions.keys() == made.operators.keys()
-    assert set(precisions.values()) <= INTEGER
+    assert set(precisions.values()) <= LOW_BIT
 
 
 def test_a_table_whose_layer_has_no_batch_axis_is_refused_by_name(tiny):

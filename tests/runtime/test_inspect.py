@@ -50,27 +50,35 @@ def test_an_engine_the_bundle_was_not_made_for_is_seen_to_multiply_in_float(tiny
 
 
 @pytest.mark.skipif(not installed(), reason="TensorRT-RTX is not installed (pip install 'accuquant[rtx]')")
-def test_a_bundle_for_tensorrt_compiles_and_samples_here_too(tiny, tmp_path):
-    """Exported whole, sampled and compared on this CPU, compiled for two GPUs."""
-    from accuquant.calibrate.scheme import QuantScheme
+@pytest.mark.parametrize(
+    ("bits", "gpus", "got"),
+    [
+        ("4/8", ["sm86", "sm120"], "49 operators at W4A8: 39 Int8, 10 looked up"),
+        ("fp8", ["sm89"], "57 operators at FP8: 47 FP8, 10 looked up"),
+        ("4/16", ["sm86"], "49 operators at W4A16: 39 Half, 10 looked up"),
+        ("fp16", ["sm86"], "0 operators at FP16: "),
+    ],
+)
+def test_a_bundle_for_tensorrt_compiles_and_samples_here_too(tiny, tmp_path, bits, gpus, got):
+    """Exported whole, sampled and compared on this CPU, compiled for GPUs."""
+    from accuquant.calibrate.scheme import QuantScheme, parse_precision
     from accuquant.calibrate.spec import PRESETS, CalibrationSpec
     from accuquant.export.build import Request, build, prepare
 
     asked = Request(
         checkpoint=tiny.save_checkpoint(tmp_path, tiny.unet()),
         out=tmp_path / "bundle",
-        scheme=QuantScheme(weight_bits=4, activation_bits=8, target="tensorrt", rest="float16"),
+        scheme=QuantScheme(target="tensorrt", rest="float16", **parse_precision(bits)),
         spec=CalibrationSpec(**PRESETS["smoke"]),
         steps=4,
         pictures=4,
     )
     made = build(asked, prepare(asked), lambda *_: None)
     assert made.comparison.psnr.mean() > 15
-    done = inspect(made.bundle.folder, "--gpu", "sm86,sm120")
+    done = inspect(made.bundle.folder, "--gpu", ",".join(gpus))
     assert done.returncode == 0, done.stdout + done.stderr
-    count = len(made.bundle.manifest.operators)
-    for gpu in ("sm86", "sm120"):
-        assert f"TensorRT-RTX for {gpu}: {count} operators at W4A8: {count} Int8" in done.stdout
+    for gpu in gpus:
+        assert f"TensorRT-RTX for {gpu}: {got}" in done.stdout
     assert "compiled ahead of time, not run" in done.stdout
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from accuquant.calibrate.families import load_model
 from accuquant.calibrate.initialise import initialise
@@ -88,13 +89,13 @@ def lowered(model, folder, graph=None, table=1, **scheme):
 @pytest.mark.parametrize(
     "scheme",
     [
-        {"weight_bits": 8, "activation_bits": 8},
+        {"weight_bits": 8, "activation_bits": 8, "attention": "quantized"},
         {"weight_bits": 4, "activation_bits": 8},
         {"weight_bits": 4, "activation_bits": 8, "container": "int8"},
         {"weight_bits": 4, "activation_bits": 8, "rest": "float16"},
         {"weight_bits": 4, "activation_bits": 6, "policy": "uniform", "split": True, "table": 3},
     ],
-    ids=["w8a8", "w4a8", "w4a8-int8-containers", "w4a8-float16-rest", "w4a6-uniform-split-table"],
+    ids=["w8a8-with-attention", "w4a8", "w4a8-int8-containers", "w4a8-float16-rest", "w4a6-uniform-split-table"],
 )
 def test_every_operator_of_every_form_is_an_integer_kernel(rtx, scheme, tiny, tiny_checkpoint, tmp_path):
     exported = None if scheme.get("split") else tiny.float_graph()
@@ -114,6 +115,52 @@ def test_the_bundled_model_is_whole_in_integers_and_small_in_memory(rtx, bits, m
         assert compiled.precisions(operators) == dict.fromkeys(operators, "Int8"), gpu
         assert compiled.weights_bytes <= most * whole
         assert (tmp_path / "plan").stat().st_size > compiled.weights_bytes
+
+
+@pytest.mark.parametrize("rest", ["float32", "float16"])
+def test_8_bit_floats_are_multiplied_as_such_from_ada_on(rtx, rest, reference_graph, tmp_path):
+    model = load_model(REFERENCE)
+    scheme = {"weight_bits": 8, "activation_bits": 8, "number": "float8", "rest": rest}
+    graph, twin, operators = lowered(model, tmp_path, reference_graph, **scheme)
+    whole = compile_plan(CompileRequest(twin)).weights_bytes
+    for gpu in ("default", "sm89", "sm120"):
+        compiled = compile_plan(CompileRequest(graph, gpu))
+        assert compiled.precisions(operators) == dict.fromkeys(operators, "FP8"), gpu
+        assert compiled.weights_bytes <= 0.27 * whole
+    with pytest.raises(AccuQuantError, match="sm86, because the model contains HW-specific datatypes: fp8_e4m3"):
+        compile_plan(CompileRequest(graph, "sm86"))
+
+
+def test_weights_alone_are_4_bits_in_memory_and_inside_the_kernels_of_linear_layers(rtx, reference_graph, tmp_path):
+    """Convolutions dequantize theirs in kernels of their own: none multiplies floats by 4-bit weights."""
+    model = load_model(REFERENCE)
+    scheme = {"weight_bits": 4, "activation_bits": 16, "rest": "float16", "reserve": 0.0}
+    graph, twin, operators = lowered(model, tmp_path, reference_graph, **scheme)
+    linear = {node.name for node in onnx.load(graph).graph.node if node.op_type in ("Gemm", "MatMul")}
+    whole = compile_plan(CompileRequest(twin)).weights_bytes
+    for gpu in GPUS:
+        compiled = compile_plan(CompileRequest(graph, gpu))
+        got = compiled.precisions(operators)
+        # A timestep's digits stay: what reads it alone computes in float32.
+        assert {got[name] for name in linear & got.keys()} == {"Float x Int4"}, gpu
+        assert {got[name] for name in got.keys() - linear} == {"Half"}, gpu
+        assert got.keys() == set(operators)
+        assert compiled.weights_bytes <= 0.15 * whole
+
+
+def test_the_twin_in_16_bits_is_whole_in_16_bits(rtx, reference_graph, tmp_path):
+    model = load_model(REFERENCE)
+    _, twin, operators = lowered(model, tmp_path, reference_graph, weight_bits=8, activation_bits=8)
+    whole = compile_plan(CompileRequest(twin)).weights_bytes
+    half = ir.load(twin)
+    cast_rest(half, "float16")
+    save_graph(half, tmp_path / "half.onnx")
+    timed = {name for name in operators if model.role_of(name) == "time"}
+    for gpu in GPUS:
+        compiled = compile_plan(CompileRequest(tmp_path / "half.onnx", gpu))
+        got = compiled.precisions(operators)
+        assert {got[name] for name in got.keys() - timed} == {"Half"}, gpu
+        assert compiled.weights_bytes < 0.6 * whole
 
 
 def test_requantized_weights_are_the_same_weights(tiny, tiny_checkpoint, tmp_path):

@@ -1,0 +1,138 @@
+"""Look up what depends on the timestep alone, instead of computing it at every step for every sample.
+
+    values(t), a whole embedding network   =>   row = argmin |t - timesteps|,   values = table[row]
+
+A sampler calls the network at the timesteps of its plan and at no others, so everything between the timestep and the
+first meeting with the latent is a function on a few dozen points. The table holds what the graph itself computes there,
+by the standard's definition of every node, bit for bit; weights that only served it are dropped.
+
+Requires: all other rewrites have run; the plan's timesteps are exact in float32.
+Ensures: no node but the lookup depends on the timestep alone. The graph is right at the plan's timesteps only.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ...runtime.errors import AccuQuantError
+from ..graph import TIMESTEP
+from .insertion import constant, insert_before
+
+
+def time_table(model: ir.Model, timesteps: Sequence[float]) -> int:
+    """Rewrite in place; returns how many values are looked up.
+
+    It is left as it is, and 0 returned, where the table would hold more numbers than the weights that it replaces.
+
+    Raises:
+        AccuQuantError: two of the timesteps are one in float32.
+    """
+    points = np.unique(np.asarray(timesteps, np.float32))
+    if len(points) != len(set(timesteps)):
+        raise AccuQuantError("two timesteps of the plan are the same in float32; sample in fewer steps")
+    t = next(value for value in model.graph.inputs if value.name == TIMESTEP)
+    met = _met(model, t)
+    nodes = _behind(model, met)
+    values = _evaluate(model, nodes, met, points)
+    rows = {value: array for value, array in zip(met, values, strict=True) if _is_per_sample(array, len(points))}
+    width = sum(array[0].size for array in rows.values())
+    if not rows or len(points) * width > _weights(nodes):
+        return 0
+    _look_up(model, t, points, rows)
+    RemoveUnusedNodesPass()(model)
+    return len(rows)
+
+
+def _met(model: ir.Model, t: ir.Value) -> list[ir.Value]:
+    """Values that depend on the timestep and on nothing else that is given, where what depends on more reads them."""
+    depends = {value: {value} for value in model.graph.inputs}
+    met: dict[ir.Value, None] = {}
+    for node in model.graph:
+        reads = [value for value in node.inputs if value in depends]
+        found = set[ir.Value]().union(*(depends[value] for value in reads))
+        if found - {t}:
+            met |= dict.fromkeys(value for value in reads if depends[value] == {t} and value is not t)
+        if found:
+            depends |= dict.fromkeys(node.outputs, found)
+    return list(met)
+
+
+def _behind(model: ir.Model, values: Sequence[ir.Value]) -> list[ir.Node]:
+    """All nodes that have a part in `values`, in the graph's order."""
+    found = set[ir.Node]()
+    left = [value.producer() for value in values]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [value.producer() for value in node.inputs if value is not None]
+    return [node for node in model.graph if node in found]
+
+
+def _evaluate(
+    model: ir.Model, nodes: Sequence[ir.Node], wanted: Sequence[ir.Value], points: np.ndarray
+) -> list[np.ndarray]:
+    """The values at every point, points along the first axis, by ONNX Runtime without optimisations."""
+    import onnxruntime
+
+    graph = onnx.helper.make_graph(
+        [ir.to_proto(node) for node in nodes],
+        "time",
+        [onnx.helper.make_tensor_value_info(TIMESTEP, onnx.TensorProto.FLOAT, [None])],
+        [onnx.ValueInfoProto(name=value.name) for value in wanted],
+        [_initializer(value) for value in _constants(nodes)],
+    )
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    part = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [np.asarray(array) for array in session.run(None, {TIMESTEP: points})]
+
+
+def _constants(nodes: Sequence[ir.Node]) -> set[ir.Value]:
+    return {value for node in nodes for value in node.inputs if value is not None and value.is_initializer()}
+
+
+def _initializer(value: ir.Value) -> onnx.TensorProto:
+    assert value.const_value is not None
+    made = ir.to_proto(value.const_value)
+    made.name = value.name
+    return made
+
+
+def _is_per_sample(array: np.ndarray, count: int) -> bool:
+    return array.dtype == np.float32 and array.ndim > 1 and len(array) == count
+
+
+def _weights(nodes: Sequence[ir.Node]) -> int:
+    """Numbers in the constants that these nodes read."""
+    return sum(value.const_value.size for value in _constants(nodes) if value.const_value is not None)
+
+
+def _look_up(model: ir.Model, t: ir.Value, points: np.ndarray, rows: dict[ir.Value, np.ndarray]) -> None:
+    """One Gather for all values, cut into them; a value's further axes are put back."""
+    first = model.graph[0]
+    table = np.concatenate([array.reshape(len(points), -1) for array in rows.values()], axis=1)
+    axis = constant(model, "time.axis", np.array([1]))
+    column = insert_before(model, first, "Unsqueeze", [t, axis], "time.column")
+    apart = insert_before(model, first, "Sub", [column, constant(model, "time.points", points)], "time.apart")
+    distance = insert_before(model, first, "Abs", [apart], "time.distance")
+    row = insert_before(model, first, "ArgMin", [distance], "time.row", axis=1, keepdims=0)
+    whole = insert_before(model, first, "Gather", [constant(model, "time.table", table), row], "time.values", axis=0)
+    sizes = constant(model, "time.sizes", np.array([array[0].size for array in rows.values()]))
+    split = ir.Node("", "Split", [whole, sizes], [ir.AttrInt64("axis", 1)], num_outputs=len(rows), name="time.split")
+    model.graph.insert_before(first, split)
+    for part, (value, array) in zip(split.outputs, rows.items(), strict=True):
+        part.name = f"{value.name}.looked_up"
+        part.type, part.shape = value.type, ir.Shape([None, array[0].size])
+        new = part
+        if array.ndim > 2:
+            shape = constant(model, f"{value.name}.shape", np.array([-1, *array.shape[1:]]))
+            new = insert_before(model, first, "Reshape", [part, shape], f"{value.name}.reshaped")
+            new.type, new.shape = value.type, value.shape
+        for node, index in list(value.uses()):
+            node.replace_input_with(index, new)

@@ -1,0 +1,130 @@
+"""Graphs side by side on this machine's engines: what they multiply in integers, how fast, and where sampling ends."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accuquant.runtime import noise
+from accuquant.runtime.engines import open_engine
+from accuquant.runtime.engines.base import Engine, EngineOptions
+from accuquant.runtime.engines.rtx_compile import CompileRequest, compile_plan, installed
+from accuquant.runtime.engines.rtx_log import PRODUCTS
+from accuquant.runtime.errors import AccuQuantError
+from accuquant.runtime.fidelity import psnr, ssim
+from accuquant.runtime.inspection import LOW_BIT
+from accuquant.runtime.pictures import to_uint8
+from accuquant.runtime.plan import SamplingPlan
+
+BATCH = 8  # of sampling
+# What engines call a kernel that multiplies: OpenVINO's layers, and ONNX Runtime's operators however fused.
+MULTIPLY = ("conv", "fullyconnected", "matmul", "gemm")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Latents along the chain (steps, n, C, H, W) of seeds 0..n-1."""
+
+    states: np.ndarray
+
+    @property
+    def end(self) -> np.ndarray:
+        return self.states[-1]
+
+
+def sample(graph: Path, engine: str, plan: SamplingPlan, seeds: Sequence[int], shape: tuple[int, ...]) -> Run:
+    """Every seed through the whole plan."""
+    opened = open_engine(graph, EngineOptions(batch=BATCH), engine)
+    states = np.empty((len(plan), len(seeds), *shape), np.float32)
+    try:
+        for first in range(0, len(seeds), BATCH):
+            some = list(seeds[first : first + BATCH])
+            full = some + some[-1:] * (BATCH - len(some))
+
+            def network(x: np.ndarray, t: float) -> np.ndarray:
+                return opened.run({"x": x, "t": np.full(BATCH, t, np.float32)}).copy()
+
+            def keep(i: int, x: np.ndarray, first: int = first, count: int = len(some)) -> None:
+                states[i, first : first + count] = x[:count]
+
+            plan.sample(network, lambda j, full=full: noise.batch(full, j, shape), keep)  # type: ignore[misc]
+    finally:
+        opened.close()
+    return Run(states)
+
+
+def fidelity(fp: Run, other: Run) -> dict[str, Any]:
+    """Of final pictures to the twin's, and of latents along the way: relative distance, median over seeds."""
+    a, b = to_uint8(fp.end), to_uint8(other.end)
+    p, s = psnr(a, b), ssim(a, b)
+    errors = np.square(np.clip(fp.end, -1, 1) - np.clip(other.end, -1, 1)).reshape(len(a), -1).mean(1)
+    flat_fp, flat = (run.states.reshape(*run.states.shape[:2], -1) for run in (fp, other))
+    drift = np.linalg.norm(flat - flat_fp, axis=2) / np.linalg.norm(flat_fp, axis=2)
+    return {
+        "psnr_mean": float(p.mean()),
+        "psnr_p10": float(np.percentile(p, 10)),
+        "ssim_mean": float(s.mean()),
+        "mse": float(errors.mean()),
+        "mse_median": float(np.median(errors)),
+        "drift": np.median(drift, axis=1).tolist(),
+    }
+
+
+def coverage(graph: Path, engine: str) -> dict[str, int]:
+    """Of the kernels that multiply, by the engine's own report, how many multiply few bits."""
+    opened = open_engine(graph, EngineOptions(batch=1), engine)
+    try:
+        products = [k for k in opened.kernels() if any(word in k.kind.lower() for word in MULTIPLY)]
+    finally:
+        opened.close()
+    return {"low_bit": sum(k.precision in LOW_BIT for k in products), "all": len(products)}
+
+
+def compiled(graph: Path, gpu: str, folder: Path) -> dict[str, Any]:
+    """The same by TensorRT-RTX's word, ahead of time, with the plan's size; or why there is no plan."""
+    if not installed():
+        return {"refused": "TensorRT-RTX is not installed"}
+    try:
+        made = compile_plan(CompileRequest(graph, gpu), folder / "plan")
+    except AccuQuantError as error:
+        return {"refused": str(error)}
+    products = [k for k in made.kernels if k.kind in PRODUCTS]
+    return {
+        "gpu": gpu,
+        "low_bit": sum(k.precision in LOW_BIT for k in products),
+        "all": len(products),
+        "plan_bytes": (folder / "plan").stat().st_size,
+        "weights_bytes": made.weights_bytes,
+    }
+
+
+def step_seconds(
+    graphs: Mapping[str, tuple[Path, str]],
+    timesteps: Sequence[float],
+    shape: tuple[int, ...],
+    batch: int,
+    repeats: int,
+    threads: int,
+    tell: Callable[[int, int], None],
+) -> dict[str, dict[str, float]]:
+    """Median wall and CPU seconds of a step of every (graph, engine), all of them interleaved in one run."""
+    opened: dict[str, Engine] = {
+        name: open_engine(graph, EngineOptions(batch=batch, threads=threads), engine)
+        for name, (graph, engine) in graphs.items()
+    }
+    x = noise.batch(range(batch), -1, shape)
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in opened}
+    for k in range(-3, repeats):  # the first three warm up
+        t = np.full(batch, timesteps[k % len(timesteps)], np.float32)
+        for name, engine in opened.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            engine.run({"x": x, "t": t})
+            if k >= 0:
+                taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+        tell(k + 1, repeats)
+    for engine in opened.values():
+        engine.close()
+    medians = {name: np.median(rows, axis=0) for name, rows in taken.items()}
+    return {name: {"wall": float(wall), "cpu": float(cpu)} for name, (wall, cpu) in medians.items()}
