@@ -70,6 +70,7 @@ class Request:
     resume: bool = False
     device: str = "cpu"
     pictures: int = 64
+    time_table: bool = True
     cache: TrajectoryCache | None = None
 
 
@@ -138,8 +139,9 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         show("export", 2, 3, "")
         alike = _compare_layers(folder / "denoiser.onnx", request, operators, plan, judge)
         # After every layer was compared: some are looked up from now on, and 16 bits differ by their last digits.
-        for graph in (quantized, twin):
-            time_table(graph, [step.timestep for step in plan.steps])
+        looked_up = 0
+        if request.time_table:
+            looked_up = sum(time_table(graph, [step.timestep for step in plan.steps]) for graph in (quantized, twin))
         if request.scheme.rest != "float32":
             cast_rest(quantized, request.scheme.rest)
         for graph, name in ((quantized, "denoiser.onnx"), (twin, "twin.onnx")):
@@ -151,7 +153,8 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         )  # fmt: skip
         show("export", 3, 3, "")
         times["export"] = time.perf_counter() - begun
-        _write_manifest(folder, request, prepared, _operator_facts(recipe, quantized), parity, recipe.facts.provenance)
+        facts = _operator_facts(recipe, quantized)
+        _write_manifest(folder, request, prepared, facts, looked_up > 0, parity, recipe.facts.provenance)
         bundle = Bundle(folder)
         comparison = compare_twins(
             bundle, request.pictures, 0, lambda done, total: show("comparing twins", done, total, "")
@@ -301,6 +304,7 @@ def _write_manifest(
     request: Request,
     prepared: Prepared,
     operators: dict[str, OperatorFacts],
+    looked_up: bool,
     parity: dict[str, float],
     provenance: dict[str, Any],
 ) -> None:
@@ -314,6 +318,7 @@ def _write_manifest(
             target=request.scheme.target,
             policy=request.scheme.policy,
             sampler=f"{request.sampler or prepared.model.default_sampler} ({prepared.plan.sampler})",
+            timesteps="plan" if looked_up else "any",
             networks=describe(folder, {"denoiser": "denoiser.onnx", "twin": "twin.onnx"}),
             operators=operators,
             provenance=provenance,

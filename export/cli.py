@@ -47,6 +47,10 @@ def export(
     group: Annotated[int | None, typer.Option(min=1, help="M, steps simulated before the loss [5].")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="A calibration setting, such as gradient=injected-v.")] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    time_table: Annotated[
+        bool,
+        typer.Option(help="Look the time embedding up at the plan's timesteps; without it, any plan can be sampled."),
+    ] = True,
     config: Annotated[Path | None, typer.Option(help="The model's YAML, if it does not lie beside it.")] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures compared in the report.")] = 64,
     device: Annotated[str, typer.Option(help="Where calibration runs: auto, cpu or cuda.")] = "auto",
@@ -87,6 +91,7 @@ def export(
         resume=resume,
         device=_device(device),
         pictures=pictures,
+        time_table=time_table,
         cache=TrajectoryCache(default_folder(), int(cache_gib * 2**30)),
     )
     prepared = prepare(request)

@@ -66,6 +66,7 @@ class Manifest(BaseModel):
     target: str
     policy: str
     sampler: str
+    timesteps: Literal["any", "plan"] = "any"  # which ones the graphs know
     networks: dict[NetworkName, NetworkFile]
     operators: dict[str, OperatorFacts]
     provenance: dict[str, Any]

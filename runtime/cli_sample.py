@@ -14,6 +14,7 @@ from .errors import AccuQuantError
 from .files import atomic
 from .pictures import grid, to_uint8
 from .pipeline import Pipeline
+from .plan import SamplingPlan
 
 
 def sample(
@@ -27,6 +28,7 @@ def sample(
     engine: Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")] = "auto",
     rest: Annotated[Rest, typer.Option(help="What is not integer; bfloat16 where the CPU has it.")] = "float32",
     batch: Annotated[int, typer.Option(min=1)] = 8,
+    plan: Annotated[Path | None, typer.Option(help="Another plan.json than the bundle's own.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="0: all cores.")] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -36,10 +38,14 @@ def sample(
     opened = Bundle(bundle)
     network: NetworkName = "twin" if fp else "denoiser"
     size = min(batch, n)
-    with Pipeline(opened, network=network, engine=engine, batch=size, threads=threads, rest=rest) as pipeline:
-        manifest, steps = opened.manifest, len(opened.plan)
+    other = SamplingPlan.load(plan) if plan else None
+    with Pipeline(
+        opened, network=network, engine=engine, batch=size, threads=threads, rest=rest, plan=other
+    ) as pipeline:
+        manifest, steps = opened.manifest, len(pipeline.plan)
         precision = rest if fp else manifest.scheme + ("" if rest == "float32" else f" with {rest}")
-        console.print(f"{precision}, {manifest.sampler}, {steps} network calls, on {pipeline.engine.name}")
+        sampler = other.sampler if other else manifest.sampler
+        console.print(f"{precision}, {sampler}, {steps} network calls, on {pipeline.engine.name}")
         begun = time.perf_counter()
         with bar() as show:
 

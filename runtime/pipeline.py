@@ -11,6 +11,7 @@ from .bundle import Bundle, NetworkName
 from .engines import open_engine
 from .engines.base import EngineOptions, Rest
 from .errors import AccuQuantError
+from .plan import SamplingPlan
 
 OnStep = Callable[[int, int, np.ndarray], None]  # samples finished before this batch, steps done, latents
 
@@ -19,6 +20,10 @@ class Pipeline:
     """A bundle's sampling loop on an engine of this machine.
 
     A sample depends on its seed alone: neither on its neighbours nor on where in a batch it stands.
+    `plan` is the bundle's own unless given; a bundle whose graphs look timesteps up takes no others.
+
+    Raises:
+        AccuQuantError: a plan that visits timesteps the graphs do not know; no engine for the bundle.
     """
 
     def __init__(
@@ -30,9 +35,12 @@ class Pipeline:
         batch: int = 8,
         threads: int = 0,
         rest: Rest = "float32",
+        plan: SamplingPlan | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(Path(bundle))
-        self.plan, self.shape = self.bundle.plan, self.bundle.manifest.sample_shape
+        self.shape = self.bundle.manifest.sample_shape
+        self.plan = plan or self.bundle.plan
+        self._check_timesteps()
         self.batch = batch
         options, target = EngineOptions(batch, threads, rest), self.bundle.manifest.target
         self.engine = open_engine(self.bundle.graph(network), options, engine, target)
@@ -67,6 +75,14 @@ class Pipeline:
                 on_step(first, i + 1, x)
 
         return self.plan.sample(network, lambda j: noise.batch(seeds, j, self.shape), after)
+
+    def _check_timesteps(self) -> None:
+        unknown = sorted(self.plan.timesteps - self.bundle.plan.timesteps)
+        if unknown and self.bundle.manifest.timesteps == "plan":
+            raise AccuQuantError(
+                f"{self.bundle.folder} knows the {len(self.bundle.plan.timesteps)} timesteps of its own plan and not "
+                f"{unknown[0]:g}; sample with its plan, or export for any with --no-time-table"
+            )
 
     def close(self) -> None:
         self.engine.close()

@@ -60,6 +60,10 @@ class SamplingPlan(BaseModel):
         return len(self.steps)
 
     @cached_property
+    def timesteps(self) -> frozenset[float]:
+        return frozenset(step.timestep for step in self.steps)
+
+    @cached_property
     def last_use(self) -> tuple[int, ...]:
         """For every output j, the last row that reads it; an output may be dropped after that row."""
         last = list(range(len(self)))

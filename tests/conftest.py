@@ -76,17 +76,4 @@ def tiny_checkpoint(tiny, tmp_path):
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny, tmp_path_factory):
     """The tiny U-Net as a W4A8 bundle, made the way a user makes one (smoke preset)."""
-    from accuquant.calibrate.scheme import QuantScheme
-    from accuquant.calibrate.spec import PRESETS, CalibrationSpec
-    from accuquant.export.build import Request, build, prepare
-
-    folder = tmp_path_factory.mktemp("tiny")
-    request = Request(
-        checkpoint=tiny.save_checkpoint(folder, tiny.unet()),
-        out=folder / "bundle",
-        scheme=QuantScheme(weight_bits=4, activation_bits=8),
-        spec=CalibrationSpec(**PRESETS["smoke"]),
-        steps=6,
-        pictures=8,
-    )
-    return build(request, prepare(request), lambda *_: None).bundle
+    return tiny.export(tmp_path_factory.mktemp("tiny"))

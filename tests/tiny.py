@@ -13,10 +13,13 @@ from accuquant.calibrate.journal import Journal
 from accuquant.calibrate.layers import QuantizedOperator, quantize_operators
 from accuquant.calibrate.optimize import Outcome, Report, calibrate
 from accuquant.calibrate.scheme import QuantScheme
-from accuquant.calibrate.spec import CalibrationSpec
+from accuquant.calibrate.spec import PRESETS, CalibrationSpec
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import Trajectory, simulate
+from accuquant.export.build import Request, build
+from accuquant.export.build import prepare as prepare_request
 from accuquant.export.graph import trace_float
+from accuquant.runtime.bundle import Bundle
 from accuquant.runtime.plan import SamplingPlan
 from torch import Tensor, nn
 
@@ -97,6 +100,20 @@ def save_checkpoint(folder: Path, network: nn.Module, name: str = "tiny.ckpt") -
     torch.save(network.state_dict(), path)
     path.with_suffix(".yml").write_text(yaml.safe_dump(YAML))
     return path
+
+
+def export(folder: Path, weight_bits: int = 4, *, time_table: bool = True) -> Bundle:
+    """The U-Net as a bundle for CPUs, six steps, made as `accuquant-export --preset smoke` does."""
+    request = Request(
+        checkpoint=save_checkpoint(folder, unet()),
+        out=folder / "bundle",
+        scheme=QuantScheme(weight_bits=weight_bits, activation_bits=8),
+        spec=CalibrationSpec(**PRESETS["smoke"]),
+        steps=6,
+        pictures=8,
+        time_table=time_table,
+    )
+    return build(request, prepare_request(request), lambda *_: None).bundle
 
 
 @dataclass

@@ -29,15 +29,35 @@ def test_batch_size_changes_nothing_a_person_could_see(tiny_bundle):
     np.testing.assert_allclose(results[1], results[4], atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def timeless_bundle(tiny, tmp_path_factory):
+    """The tiny U-Net's graphs for any timestep."""
+    return tiny.export(tmp_path_factory.mktemp("timeless"), weight_bits=8, time_table=False)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++2m", "plms", "heun", "euler-a", "unipc"])
-def test_twin_on_the_engine_equals_torch_for_every_kind_of_sampler(tiny, tiny_bundle, sampler):
+def test_twin_on_the_engine_equals_torch_for_every_kind_of_sampler(tiny, timeless_bundle, sampler):
     plan = trace(sampler, tiny.NOISE_SCHEDULE, 5)
     reference = simulate(tiny.unet(), plan, range(3), tiny.SHAPE).states[-1].numpy()
-    with Pipeline(tiny_bundle, network="twin", batch=3) as pipeline:
-        pipeline.plan = plan
+    with Pipeline(timeless_bundle, network="twin", batch=3, plan=plan) as pipeline:
         out = pipeline.generate(range(3))
     # float32 networks in two libraries, a handful of steps; relative to the latent's own size
     assert np.abs(out - reference).max() < 2e-3 * np.abs(reference).max()
+
+
+def test_a_plan_whose_timesteps_the_graphs_do_not_hold_is_refused(tiny, tiny_bundle):
+    """Nearest rows of a table would sample something, and nobody would be told."""
+    assert tiny_bundle.manifest.timesteps == "plan"
+    with pytest.raises(AccuQuantError, match=r"knows the 6 timesteps.* not 20; .*--no-time-table"):
+        Pipeline(tiny_bundle, plan=trace("ddim", tiny.NOISE_SCHEDULE, 5))
+
+
+def test_another_sampler_on_the_same_timesteps_is_welcome(tiny, tiny_bundle):
+    plan = trace("ddpm", tiny.NOISE_SCHEDULE, 6)
+    assert plan.timesteps == tiny_bundle.plan.timesteps
+    reference = simulate(tiny.unet(), plan, range(2), tiny.SHAPE).states[-1].numpy()
+    with Pipeline(tiny_bundle, network="twin", batch=2, plan=plan) as pipeline:
+        assert np.abs(pipeline.generate(range(2)) - reference).max() < 2e-3 * np.abs(reference).max()
 
 
 def test_steps_are_reported_and_a_callback_can_stop(tiny_bundle):
