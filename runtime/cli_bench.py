@@ -1,45 +1,24 @@
-"""`accuquant-bench BUNDLE`: the fp twin and the int engine, measured against each other in one run.
+"""`accuquant-bench BUNDLE`: how fast the int engine is beside its fp twin, how much memory each takes, and where.
 
-Where the machine computes in bfloat16, both are measured in it too: that is the speed-up that integers have to beat.
-Steps of all sides are interleaved, so that whatever else the machine does falls on all alike; a ratio is printed only
-because its sides were measured in the same run. Medians and the 10th to 90th percentile, with n.
+Medians and the 10th to 90th percentile, with n; a table here, everything in a JSON, step times in a plot beside it.
 """
 
 import json
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.table import Table
 
-from . import noise
-from .bundle import Bundle, NetworkName
+from .benchmark import PROFILED, measure, sides_of, slower
+from .bundle import Bundle
+from .chart import Bar, bars
 from .console import bar, command, console, machine_facts
-from .engines import rests
-from .engines.base import Rest
+from .engines.base import EngineOptions
 from .errors import AccuQuantError
 from .files import write_text
-from .pipeline import Pipeline
 
-
-class Side(NamedTuple):
-    """One of the things compared: a network of the bundle and what it computes in besides integers."""
-
-    name: str
-    network: NetworkName
-    rest: Rest
-
-
-def sides_of(bundle: Bundle, engine: str) -> list[Side]:
-    """fp32 first, that all others are compared with."""
-    short = {"float32": "fp32", "bfloat16": "bf16"}
-    known = rests(engine, bundle.manifest.target)
-    twins = [Side(short[rest], "twin", rest) for rest in known]
-    scheme = bundle.manifest.scheme
-    return [*twins, *(Side(f"{scheme}, {short[rest]} rest", "denoiser", rest) for rest in known)]
+SHOWN = 5  # operators that integers make slower
 
 
 def bench(
@@ -49,10 +28,10 @@ def bench(
     samples: Annotated[int, typer.Option(min=1, help="Timed whole sampling runs per side and batch size.")] = 3,
     threads: Annotated[int, typer.Option(min=0, help="0: all cores.")] = 0,
     engine: Annotated[str, typer.Option(help="auto, openvino or onnxruntime; the same for both sides.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("bench.json"),
+    out: Annotated[Path, typer.Option(help="Where the JSON goes, and the plot beside it.")] = Path("bench.json"),
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Measure step latency and whole-sample time of the fp twin and the int engine, interleaved."""
+    """Measure step latency, whole runs, memory and operators of the fp twin and the int engine, side by side."""
     sizes = _sizes(batch)
     opened = Bundle(bundle)
     sides = sides_of(opened, engine)
@@ -63,9 +42,9 @@ def bench(
             def progress(done: int, total: int, size: int = size) -> None:
                 show(f"batch {size}", done, total, "")
 
-            results.append(measure(opened, sides, size, repeats, samples, threads, engine, progress))
-    report = {
-        "schema_version": 2,
+            results.append(measure(opened, sides, engine, EngineOptions(size, threads), repeats, samples, progress))
+    report: dict[str, Any] = {
+        "schema_version": 3,
         "scheme": opened.manifest.scheme,
         "sampler": opened.manifest.sampler,
         "network_calls": len(opened.plan),
@@ -75,76 +54,15 @@ def bench(
         "results": results,
     }
     write_text(out, json.dumps(report, indent=1) + "\n")
+    write_text(out.with_suffix(".svg"), _plot(report))
     console.print(_table(report))
+    for row in results:
+        console.print(_losses(row))
     facts = report["machine"]
     console.print(
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['instructions']}; medians \\[p10..p90] of {repeats} "  # type: ignore[index]
-        f"interleaved steps, {samples} sampling runs; written to {out}"
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['instructions']}; medians \\[p10..p90] of {repeats} "
+        f"interleaved steps, {samples} sampling runs, peak memory of a process each; written to {out}"
     )
-
-
-def measure(
-    bundle: Bundle,
-    sides: Sequence[Side],
-    batch: int,
-    repeats: int,
-    samples: int,
-    threads: int,
-    engine: str,
-    progress: Any,
-) -> dict[str, Any]:
-    """Seconds per network step and per sampling run of every side at one batch size, and ratios to the first."""
-    pipelines = {
-        s.name: Pipeline(bundle, network=s.network, engine=engine, batch=batch, threads=threads, rest=s.rest)
-        for s in sides
-    }
-    try:
-        x = noise.batch(range(batch), -1, bundle.manifest.sample_shape)
-        t = np.full(batch, bundle.plan.steps[0].timestep, np.float32)
-        steps: dict[str, list[float]] = {name: [] for name in pipelines}
-        runs: dict[str, list[float]] = {name: [] for name in pipelines}
-        warm_up, total = 10, 10 + repeats + samples
-        for i in range(warm_up + repeats):
-            for name in _in_turn(list(pipelines), i):
-                begun = time.perf_counter()
-                pipelines[name].engine.run({"x": x, "t": t})
-                if i >= warm_up:
-                    steps[name].append(time.perf_counter() - begun)
-            progress(i + 1, total)
-        for i in range(samples):
-            for name in _in_turn(list(pipelines), i):
-                begun = time.perf_counter()
-                pipelines[name].generate(range(batch))
-                runs[name].append(time.perf_counter() - begun)
-            progress(warm_up + repeats + i + 1, total)
-        first = sides[0].name
-        return {
-            "batch": batch,
-            "engine": pipelines[first].engine.name,
-            "sides": {
-                name: {
-                    "step_seconds": _spread(steps[name]),
-                    "sample_seconds": _spread(runs[name]),
-                    "step_speedup": float(np.median(steps[first]) / np.median(steps[name])),
-                    "sample_speedup": float(np.median(runs[first]) / np.median(runs[name])),
-                }
-                for name in pipelines
-            },
-        }
-    finally:
-        for pipeline in pipelines.values():
-            pipeline.close()
-
-
-def _in_turn(names: list[str], i: int) -> list[str]:
-    """Who goes first changes every time, so that no one always finds the same other's caches."""
-    turned = i % len(names)
-    return names[turned:] + names[:turned]
-
-
-def _spread(seconds: list[float]) -> dict[str, float]:
-    p10, median, p90 = np.percentile(seconds, [10, 50, 90])
-    return {"median": float(median), "p10": float(p10), "p90": float(p90), "n": len(seconds)}
 
 
 def _sizes(text: str) -> list[int]:
@@ -161,7 +79,7 @@ def _table(report: dict[str, Any]) -> Table:
     table = Table(
         title=f"{report['scheme']} against fp32, {report['sampler']}, {report['network_calls']} network calls"
     )
-    for column in ("batch", "", "step", "to fp32", "whole run", "to fp32", "pictures/s"):
+    for column in ("batch", "", "step", "to fp32", "whole run", "to fp32", "pictures/s", "loop", "memory"):
         table.add_column(column, justify="left" if not column else "right")
     for row in report["results"]:
         for n, (name, side) in enumerate(row["sides"].items()):
@@ -174,9 +92,42 @@ def _table(report: dict[str, Any]) -> Table:
                 f"{run['median']:.2f} s",
                 f"{side['sample_speedup']:.2f}x",
                 f"{row['batch'] / run['median']:.2f}",
+                f"+{side['loop_overhead']:.1%}",
+                f"{side['peak_bytes'] / 2**20:.0f} MiB",
                 end_section=n == len(row["sides"]) - 1,
             )
     return table
+
+
+def _losses(row: dict[str, Any]) -> str:
+    """Where integers lose to fp32 at this batch size, in a sentence."""
+    sides = row["sides"]
+    low = next(name for name in sides if name.endswith("fp32 rest"))
+    lost = slower(sides, "fp32", low)
+    count = len(sides[low]["profile"]["operators"])
+    said = f"batch {row['batch']}: {len(lost)} of {count} operators take longer than in fp32"
+    if not lost:
+        return said
+    named = (f"{name} {fp:.0f} -> {ours:.0f}" for name, (fp, ours) in list(lost.items())[:SHOWN])
+    total = sum(ours - fp for fp, ours in lost.values())
+    return f"{said}, {total:.0f} us together ({', '.join(named)}; medians of {PROFILED} profiled steps)"
+
+
+def _plot(report: dict[str, Any]) -> str:
+    groups = {
+        f"batch {row['batch']}": [
+            Bar(name, *(1e3 * side["step_seconds"][part] for part in ("median", "p10", "p90")))
+            for name, side in row["sides"].items()
+        ]
+        for row in report["results"]
+    }
+    facts, n = report["machine"], report["results"][0]["sides"]["fp32"]["step_seconds"]["n"]
+    return bars(
+        groups,
+        title=f"{report['scheme']}: one network call",
+        caption=f"{facts['cpu']}, {facts['cores']} cores; medians, 10th to 90th percentile, n = {n}",
+        unit="ms",
+    )
 
 
 main = command(bench)

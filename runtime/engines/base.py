@@ -36,12 +36,14 @@ class Kernel:
 class EngineOptions:
     """How a graph is compiled.
 
-    `threads` 0 leaves the choice to the library; `rest` is the type of all that is not integer, of a twin everything.
+    `threads` 0 leaves the choice to the library; `rest` is the type of all that is not integer, of a twin everything;
+    with `profile` kernels are timed while they run, which costs time.
     """
 
     batch: int = 8
     threads: int = 0
     rest: Rest = "float32"
+    profile: bool = False
 
 
 class Engine(ABC):
@@ -95,7 +97,7 @@ class Engine(ABC):
 
     @abstractmethod
     def kernels(self) -> list[Kernel]:
-        """The execution graph as the library reports it; empty if it reports none."""
+        """The execution graph as the library reports it, empty if it reports none; timed on the last run if asked."""
 
     @abstractmethod
     def close(self) -> None:

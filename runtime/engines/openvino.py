@@ -32,7 +32,7 @@ class OpenVINOEngine(Engine):
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[options.rest],
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "PERF_COUNT": False,
+            "PERF_COUNT": options.profile,
         }
         if options.threads:
             settings["INFERENCE_NUM_THREADS"] = options.threads
@@ -57,6 +57,9 @@ class OpenVINOEngine(Engine):
         return [self._request.get_output_tensor(n).data for n in range(len(self.outputs))]
 
     def kernels(self) -> list[Kernel]:
+        taken = {}
+        if self.options.profile:
+            taken = {e.node_name: e.real_time.total_seconds() * 1e6 for e in self._request.get_profiling_info()}
         found = []
         for op in self._compiled.get_runtime_model().get_ordered_ops():
             info = {k: v.astype(str) for k, v in op.get_rt_info().items()}
@@ -66,6 +69,7 @@ class OpenVINOEngine(Engine):
                     kind=info.get("layerType", op.get_type_name()),
                     precision=info.get("runtimePrecision", "?"),
                     nodes=tuple(name for name in original.split(",") if name),
+                    microseconds=taken.get(op.get_friendly_name()),
                 )
             )
         return found

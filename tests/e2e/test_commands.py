@@ -117,6 +117,10 @@ def test_bench_measures_both_sides_and_writes_json(exported):
             ratio = sides["fp32"]["step_seconds"]["median"] / side["step_seconds"]["median"]
             assert side["step_speedup"] == pytest.approx(ratio)
             assert name in done.stdout
+            assert side["peak_bytes"] > 0
+            assert side["profile"]["operators"]
+    assert "operators take longer than in fp32" in done.stdout
+    assert (folder / "bench.svg").read_text().startswith("<svg")
     assert report["machine"]["cpu"]
 
 
