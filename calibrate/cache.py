@@ -20,12 +20,6 @@ from ..runtime.errors import AccuQuantError
 from .trajectory import Trajectory
 
 
-def default_folder() -> Path:
-    """$ACCUQUANT_CACHE, else accuquant/ in the user's cache folder."""
-    named = os.environ.get("ACCUQUANT_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "accuquant"
-
-
 class TrajectoryCache:
     """Trajectories in `folder`, at most `budget` bytes of them; with a budget of 0 nothing is read or written."""
 

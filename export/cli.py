@@ -11,7 +11,7 @@ import typer
 from pydantic import ValidationError
 from rich.table import Table
 
-from ..calibrate.cache import TrajectoryCache, default_folder
+from ..calibrate.cache import TrajectoryCache
 from ..calibrate.guard import verdict
 from ..calibrate.scheme import POLICIES, QuantScheme, parse_precision
 from ..calibrate.spec import PRESETS, CalibrationSpec, PresetName, parse_settings
@@ -19,6 +19,7 @@ from ..calibrate.trace import SAMPLERS
 from ..runtime.bundle import IN_TABLE, Manifest
 from ..runtime.console import bar, command, console, machine_facts
 from ..runtime.errors import AccuQuantError
+from ..runtime.files import cache_folder
 from .build import Request, Result, build, prepare
 
 
@@ -92,7 +93,7 @@ def export(
         device=_device(device),
         pictures=pictures,
         time_table=time_table,
-        cache=TrajectoryCache(default_folder(), int(cache_gib * 2**30)),
+        cache=TrajectoryCache(cache_folder(), int(cache_gib * 2**30)),
     )
     prepared = prepare(request)
     spec, cost = request.spec, prepared.estimate

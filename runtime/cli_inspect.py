@@ -15,11 +15,13 @@ from rich.table import Table
 
 from .bundle import Bundle
 from .console import command, console, machine_facts
+from .engine_cache import EngineCache
 from .engines import open_engine
 from .engines.base import EngineOptions
-from .engines.rtx_compile import TARGETS, CompileRequest, compile_plan
-from .files import write_text
+from .engines.rtx_compile import TARGETS, CompileRequest
+from .files import cache_folder, write_text
 from .inspection import Verdict, judge, operator_precisions
+from .plans import cached_plan
 
 
 def inspect(
@@ -66,7 +68,9 @@ def _here(bundle: Bundle, name: str) -> dict[str, Any]:
 
 
 def _on_gpu(bundle: Bundle, target: str) -> dict[str, Any]:
-    compiled = compile_plan(CompileRequest(bundle.graph("denoiser"), target))
+    compiled = cached_plan(
+        bundle, CompileRequest(bundle.graph("denoiser"), target), EngineCache(cache_folder())
+    ).compiled
     verdicts = judge(bundle.manifest.operators, compiled.precisions(bundle.manifest.operators))
     return {
         "engine": f"TensorRT-RTX for {target}",

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from .engines import ENGINES, available, rests
+from .engines.rtx_compile import PACKAGES as RTX_PACKAGES
 from .engines.rtx_compile import installed as rtx_installed
 
 # The instructions that multiply 8-bit integers, four to a lane; without them int8 is no faster than fp32.
 INTEGER_INSTRUCTIONS = frozenset({"avx_vnni", "avx512_vnni", "amx_int8"})
 GPU_LIBRARIES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "tensorrt": (("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt"),
-    "tensorrt-rtx": (("tensorrt-rtx-cu13", "tensorrt-rtx"), "rtx"),
+    "tensorrt-rtx": (RTX_PACKAGES, "rtx"),
 }
 
 
@@ -50,7 +51,7 @@ def _on_gpu(name: str) -> Finding:
         advice = f"pip install 'accuquant[{extra}]'" + ("" if driver else "; no NVIDIA driver is here to run it")
         return Finding(name, None, "-", advice)
     if name == "tensorrt-rtx" and rtx_installed():
-        computes = "compiles ahead of time (accuquant-inspect BUNDLE --gpu)"
+        computes = "compiles ahead of time (accuquant-build BUNDLE --gpu)"
         return Finding(name, version, computes, "this release does not run plans yet")
     return Finding(name, version, "-", "this release does not run plans yet")
 

@@ -84,6 +84,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $ACCUQUANT_CACHE, else accuquant/ in the user's cache folder."""
+    named = os.environ.get("ACCUQUANT_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "accuquant"
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as data:

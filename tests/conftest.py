@@ -61,6 +61,14 @@ def formula() -> ModuleType:
     return load_module("formula")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory):
+    """Neither the user's cache is read nor written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCUQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def tiny_unet(tiny):
     """A U-Net of the ermongroup layout, 8x8, with seeded weights."""

@@ -21,6 +21,7 @@ from ..errors import AccuQuantError
 from .rtx_log import Compiled, parse_log
 
 LIBRARY = "tensorrt_rtx"
+PACKAGES = ("tensorrt-rtx-cu13", "tensorrt-rtx")
 # Which GPUs a plan can be made for; "default" is Ampere and later, in one plan.
 TARGETS = ("default", "sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 # Said after every failure on a machine without a GPU; it is no reason.

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from accuquant.calibrate.cache import TrajectoryCache, default_folder
+from accuquant.calibrate.cache import TrajectoryCache
 from accuquant.calibrate.trajectory import Trajectory
 
 
@@ -74,11 +74,3 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_run(tmp_pat
     (tmp_path / "file").write_text("in the way")
     cache = TrajectoryCache(tmp_path / "file" / "folder", 1 << 20)
     assert torch.equal(cache.get({}, Teacher()).states, made(1.0).states)
-
-
-def test_the_folder_can_be_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("ACCUQUANT_CACHE", str(tmp_path))
-    assert default_folder() == tmp_path
-    monkeypatch.delenv("ACCUQUANT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "accuquant"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from accuquant.runtime.errors import AccuQuantError
-from accuquant.runtime.files import atomic, atomic_folder, sha256, write_bytes, write_text
+from accuquant.runtime.files import atomic, atomic_folder, cache_folder, sha256, write_bytes, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -177,3 +177,11 @@ def test_digest_of_a_file_larger_than_one_piece(tmp_path):
     data = bytes(range(256)) * 5000
     (tmp_path / "a").write_bytes(data)
     assert sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_the_cache_folder_can_be_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCUQUANT_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("ACCUQUANT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "accuquant"

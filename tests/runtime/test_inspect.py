@@ -10,11 +10,15 @@ from accuquant.runtime.engines.rtx_compile import installed
 from accuquant.runtime.inspection import judge
 
 
-def inspect(*arguments):
+def run(command, *arguments):
     return subprocess.run(
-        [sys.executable, "-c", "from accuquant.runtime.cli_inspect import main; main()", *map(str, arguments)],
+        [sys.executable, "-c", f"from accuquant.runtime.cli_{command} import main; main()", *map(str, arguments)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+def inspect(*arguments):
+    return run("inspect", *arguments)
 
 
 def facts(kind="conv"):
@@ -80,6 +84,20 @@ def test_a_bundle_for_tensorrt_compiles_and_samples_here_too(tiny, tmp_path, bit
     for gpu in gpus:
         assert f"TensorRT-RTX for {gpu}: {got}" in done.stdout
     assert "compiled ahead of time, not run" in done.stdout
+    # The plans are kept: nothing is compiled a second time, but another batch is another plan.
+    kept = run("build", made.bundle.folder, "--gpu", ",".join(gpus), "--out", tmp_path / "plans")
+    assert kept.stdout.count("from the cache") == len(gpus), kept.stdout + kept.stderr
+    assert sorted(p.name for p in (tmp_path / "plans").iterdir()) == sorted(f"bundle.{gpu}.plan" for gpu in gpus)
+    if bits == "fp16":
+        other = run("build", made.bundle.folder, "--gpu", gpus[0], "--batch", "1,2,4")
+        assert "shapes: batch 1 to 16, best 8, not batch 1 to 4, best 2" in other.stdout
+
+
+@pytest.mark.parametrize("batch", ["8", "4,2,1", "0,1,2", "a,b,c"])
+def test_batches_that_make_no_sense_are_refused(tiny_bundle, batch):
+    done = run("build", tiny_bundle.folder, "--batch", batch)
+    assert done.returncode == 1
+    assert "write three rising numbers" in done.stderr
 
 
 @pytest.mark.skipif(not installed(), reason="TensorRT-RTX is not installed (pip install 'accuquant[rtx]')")
