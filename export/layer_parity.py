@@ -12,8 +12,7 @@ is far below. The first layer below the bar, in the order of the graph, is where
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,22 +26,12 @@ from ..runtime.engines.base import Engine, EngineOptions
 from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
 from ..runtime.errors import AccuQuantError
 from ..runtime.plan import SamplingPlan
-from .graph import operator_nodes, save_graph
+from .graph import save_graph
+from .places import Form, operator_places, show_places
 
 LEAST, ENGINE_LEAST = 60.0, 45.0  # dB, of the standard's execution and of an engine's
 STEPS, TRAJECTORIES = 3, 2
 OpenEngine = Callable[[Path, EngineOptions], Engine]
-WRITTEN = ".output.dequantize"
-QUANTIZATION = ("DequantizeLinear", "QuantizeLinear", "Clip")
-
-
-@dataclass(frozen=True)
-class Place:
-    """An operator's float inputs and its output; `padding` (left, right, top, bottom) is what only its node does."""
-
-    inputs: tuple[ir.Value, ...]
-    output: ir.Value
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 def reference(path: Path, options: EngineOptions) -> Engine:
@@ -64,12 +53,8 @@ def layer_parity(
         AccuQuantError: an operator is not in the graph.
     """
     model = ir.load(path)
-    places = operator_places(model, operators)
-    for place in places.values():
-        for value in (*place.inputs, place.output):
-            if not value.is_graph_input() and not any(value is shown for shown in model.graph.outputs):
-                value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
-                model.graph.outputs.append(value)
+    places = operator_places(model, {name: form_of(operator) for name, operator in operators.items()})
+    show_places(model, places)
 
     n = min(TRAJECTORIES, len(judge.seeds))
     condition = {name: value.numpy() for name, value in judge.condition_of(slice(n), "cpu").items()}
@@ -88,7 +73,8 @@ def layer_parity(
             seen |= {id(v): array for v, array in zip(model.graph.outputs, engine.run_all(fed), strict=True)}
             for name, place in places.items():
                 given = [seen[id(x)] for x in place.inputs]
-                made = _simulated(operators[name], step.timestep, given, place.padding).astype(np.float64)
+                padding = _padding(place.node, operators[name])
+                made = _simulated(operators[name], step.timestep, given, padding).astype(np.float64)
                 difference = seen[id(place.output)].reshape(made.shape) - made
                 signal[name] += float(np.square(made).sum())
                 noise[name] += float(np.square(difference).sum())
@@ -110,69 +96,14 @@ def check_layers(parity: Mapping[str, float], engine: str, least: float = LEAST)
         )
 
 
-def operator_places(model: ir.Model, operators: Mapping[str, QuantizedOperator]) -> dict[str, Place]:
-    """Where each operator begins and ends in a lowered graph, in the order of the graph.
-
-    Raises:
-        AccuQuantError: an operator is not in the graph.
-    """
-    nodes = operator_nodes(model)
-    if missing := operators.keys() - nodes.keys():
-        raise AccuQuantError(f"layer {min(missing)} is not in the graph")
-    position = {id(node): n for n, node in enumerate(model.graph)}
-    places: dict[str, Place] = {}
-    for name in sorted(operators, key=lambda name: position[id(nodes[name])]):
-        operator, node = operators[name], nodes[name]
-        if operator.kind == "matmul":
-            inputs = tuple(_float_input(node, name, index) for index in (0, 1))
-        elif len(operator.input_quantizers) == 2:
-            inputs = (_float_input(node, name, 0), _float_input(nodes[f"{name}.second"], f"{name}.second", 0))
-        else:
-            inputs = (_float_input(node, name, 0),)
-        places[name] = Place(inputs, _output(node, name, operator), _padding(node, operator))
-    return places
-
-
-def _float_input(node: ir.Node, name: str, index: int) -> ir.Value:
-    """What stood before quantization, table and smoothing."""
-    value = node.inputs[index]
-    assert value is not None
-    ours = {f"{name}.smooth", f"{name}.input{index}.divide"}
-    while (producer := value.producer()) and (producer.op_type in QUANTIZATION or producer.name in ours):
-        if producer.name and producer.name.endswith(WRITTEN):  # on the grid of another's output, which is not undone
-            break
-        above = producer.inputs[0]
-        assert above is not None
-        value = above
-    return value
-
-
-def _output(node: ir.Node, name: str, operator: QuantizedOperator) -> ir.Value:
-    """What stands behind the parts' sum, the table's factors and the bias."""
-    value = node.outputs[0]
-    bias_behind = (
-        node.op_type == "MatMul" and isinstance(operator, QuantizedLinear) and operator.linear.bias is not None
-    )
-    while following := list(_behind(value, name, bias_behind)):
-        (after,) = following
-        bias_behind = bias_behind and bool(after.name and after.name.startswith(f"{name}."))
-        value = after.outputs[0]
-    return value
-
-
-def _behind(value: ir.Value, name: str, bias_behind: bool) -> Iterator[ir.Node]:
-    for usage in value.uses():
-        node = usage.node
-        ours = node.name is not None and node.name.startswith(f"{name}.")
-        biased = (
-            bias_behind and node.op_type == "Add" and any(v is not None and v.is_initializer() for v in node.inputs)
-        )
-        if ours or biased:
-            yield node
+def form_of(operator: QuantizedOperator) -> Form:
+    """What `operator_places` has to know of an operator of the simulation."""
+    biased = not isinstance(operator, QuantizedLinear) or operator.linear.bias is not None
+    return Form(operator.kind, len(operator.input_quantizers), biased)
 
 
 def _padding(node: ir.Node, operator: QuantizedOperator) -> tuple[int, int, int, int]:
-    """The exporter takes a Pad in front of a convolution into its node."""
+    """(left, right, top, bottom) that only the node does: the exporter takes a Pad before a convolution into it."""
     if not isinstance(operator, QuantizedConv2d):
         return 0, 0, 0, 0
     top, left, bottom, right = node.attributes.get_ints("pads", (0, 0, 0, 0))

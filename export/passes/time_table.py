@@ -13,12 +13,12 @@ Ensures: no node but the lookup depends on the timestep alone. The graph is righ
 from collections.abc import Sequence
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ...runtime.errors import AccuQuantError
 from ..graph import TIMESTEP
+from ..part import Part
 from .insertion import constant, insert_before
 
 
@@ -35,11 +35,13 @@ def time_table(model: ir.Model, timesteps: Sequence[float]) -> int:
         raise AccuQuantError("two timesteps of the plan are the same in float32; sample in fewer steps")
     t = next(value for value in model.graph.inputs if value.name == TIMESTEP)
     met = _met(model, t)
-    nodes = _behind(model, met)
-    values = _evaluate(model, nodes, met, points)
+    if not met:
+        return 0
+    part = Part(model, [t], met)
+    values = part.run({TIMESTEP: points})
     rows = {value: array for value, array in zip(met, values, strict=True) if _is_per_sample(array, len(points))}
     width = sum(array[0].size for array in rows.values())
-    if not rows or len(points) * width > _weights(nodes):
+    if not rows or len(points) * width > part.weights:
         return 0
     _look_up(model, t, points, rows)
     RemoveUnusedNodesPass()(model)
@@ -60,57 +62,8 @@ def _met(model: ir.Model, t: ir.Value) -> list[ir.Value]:
     return list(met)
 
 
-def _behind(model: ir.Model, values: Sequence[ir.Value]) -> list[ir.Node]:
-    """All nodes that have a part in `values`, in the graph's order."""
-    found = set[ir.Node]()
-    left = [value.producer() for value in values]
-    while left:
-        node = left.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            left += [value.producer() for value in node.inputs if value is not None]
-    return [node for node in model.graph if node in found]
-
-
-def _evaluate(
-    model: ir.Model, nodes: Sequence[ir.Node], wanted: Sequence[ir.Value], points: np.ndarray
-) -> list[np.ndarray]:
-    """The values at every point, points along the first axis, by ONNX Runtime without optimisations."""
-    import onnxruntime
-
-    graph = onnx.helper.make_graph(
-        [ir.to_proto(node) for node in nodes],
-        "time",
-        [onnx.helper.make_tensor_value_info(TIMESTEP, onnx.TensorProto.FLOAT, [None])],
-        [onnx.ValueInfoProto(name=value.name) for value in wanted],
-        [_initializer(value) for value in _constants(nodes)],
-    )
-    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
-    part = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return [np.asarray(array) for array in session.run(None, {TIMESTEP: points})]
-
-
-def _constants(nodes: Sequence[ir.Node]) -> set[ir.Value]:
-    return {value for node in nodes for value in node.inputs if value is not None and value.is_initializer()}
-
-
-def _initializer(value: ir.Value) -> onnx.TensorProto:
-    assert value.const_value is not None
-    made = ir.to_proto(value.const_value)
-    made.name = value.name
-    return made
-
-
 def _is_per_sample(array: np.ndarray, count: int) -> bool:
     return array.dtype == np.float32 and array.ndim > 1 and len(array) == count
-
-
-def _weights(nodes: Sequence[ir.Node]) -> int:
-    """Numbers in the constants that these nodes read."""
-    return sum(value.const_value.size for value in _constants(nodes) if value.const_value is not None)
 
 
 def _look_up(model: ir.Model, t: ir.Value, points: np.ndarray, rows: dict[ir.Value, np.ndarray]) -> None:

@@ -18,8 +18,9 @@ from accuquant.calibrate.splits import find_splits
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import simulate
 from accuquant.export.graph import operator_nodes, save_graph, trace_float
-from accuquant.export.layer_parity import ENGINE_LEAST, LEAST, check_layers, layer_parity, operator_places, reference
+from accuquant.export.layer_parity import ENGINE_LEAST, LEAST, check_layers, form_of, layer_parity, reference
 from accuquant.export.lower import lower
+from accuquant.export.places import operator_places
 from accuquant.runtime.engines import open_engine
 from accuquant.runtime.errors import AccuQuantError
 from torch import nn
@@ -85,7 +86,7 @@ def test_the_engine_computes_every_layer_as_the_simulation_does(lowered):
 
 def test_operators_come_in_the_order_of_the_graph(lowered):
     in_order = [node.name for node in lowered.graph.graph if node.name in lowered.operators]
-    assert list(operator_places(lowered.graph, lowered.operators)) == in_order
+    assert list(operator_places(lowered.graph, {name: form_of(o) for name, o in lowered.operators.items()})) == in_order
 
 
 @pytest.fixture(scope="module")
@@ -114,4 +115,4 @@ def test_values_that_are_not_finite_depart():
 def test_a_layer_that_is_not_in_the_graph_is_named(tiny):
     linear = QuantizedLinear("lost", "body", nn.Linear(2, 2), Grid(8, True, True), Grid(8, False, False))
     with pytest.raises(AccuQuantError, match="layer lost is not in the graph"):
-        operator_places(tiny.float_graph(), {"lost": linear})
+        operator_places(tiny.float_graph(), {"lost": form_of(linear)})

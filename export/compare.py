@@ -1,0 +1,146 @@
+"""Where do an engine and the standard part ways? A bundle's graph run by both, along the chain and layer by layer.
+
+Three runs of the same seeds: the float twin, the quantized graph as the ONNX standard defines it (ONNX Runtime, nothing
+optimised), and the quantized graph on the engine.
+
+    alone         at every step both quantized runs get the twin's latent; SQNR of each to the twin's output
+    accumulated   each on its own chain; relative distance of its latent to the twin's
+    layers        every operator alone: on the input that the engine itself saw there, the engine's output against what
+                  the standard computes from that input
+
+Two correct executions part by rounding flips that spread through the network, so outputs between the two are no
+measure, and neither is a layer's on another's input. Equal SQNRs are, and layers on one input; the first layer in the
+order of the graph that departs on its own input is the one to look at.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from ..runtime import noise
+from ..runtime.bundle import Bundle
+from ..runtime.engines import open_engine
+from ..runtime.engines.base import Engine, EngineOptions
+from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
+from .graph import save_graph
+from .part import Part
+from .places import Form, operator_places, show_places
+from .verify import sqnr
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Course:
+    """By step: SQNR in dB on the twin's latents, and the median relative distance to the twin on its own chain."""
+
+    alone: list[float]
+    accumulated: list[float]
+
+
+@dataclass(frozen=True)
+class Departure:
+    """What was found: both courses, each layer's SQNR in dB at the step where it is worst, and the names."""
+
+    standard: Course
+    engine: Course
+    layers: dict[str, tuple[float, int]]
+    engine_name: str
+
+    def first(self, least: float) -> str | None:
+        """The first layer, in the order of the graph, that computes something else than the standard."""
+        return next((name for name, (db, _) in self.layers.items() if not db >= least), None)
+
+
+def compare(bundle: Bundle, engine: str, seeds: Sequence[int], steps: int, progress: Progress) -> Departure:
+    """Compare an engine with the standard on `seeds`, layers at `steps` steps spread over the chain.
+
+    Raises:
+        AccuQuantError: no such engine here, or an operator that the manifest names is not in the graph.
+    """
+    options = EngineOptions(batch=len(seeds))
+    total = 3 * len(bundle.plan) + steps
+    twin = open_engine(bundle.graph("twin"), options, "auto", bundle.manifest.target)
+    states, outputs = _chain(bundle, twin, seeds, lambda done: progress(done, total))
+    twin.close()
+    courses = []
+    standard = OnnxRuntimeEngine(bundle.graph("denoiser"), options, exact=True)
+    running = open_engine(bundle.graph("denoiser"), options, engine, bundle.manifest.target)
+    for k, run in enumerate((standard, running), 1):
+        own, _ = _chain(bundle, run, seeds, lambda done, k=k: progress(k * len(bundle.plan) + done, total))  # type: ignore[misc]
+        courses.append(_course(bundle, run, states, outputs, own))
+        run.close()
+    layers = _layers(bundle, engine, states, steps, lambda done: progress(3 * len(bundle.plan) + done, total))
+    return Departure(courses[0], courses[1], layers, running.name)
+
+
+def _chain(
+    bundle: Bundle, engine: Engine, seeds: Sequence[int], progress: Callable[[int], None]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Network inputs at every step with the final latent behind them, and network outputs."""
+    inputs: list[np.ndarray] = []
+    outputs: list[np.ndarray] = []
+
+    def network(x: np.ndarray, timestep: float) -> np.ndarray:
+        inputs.append(np.array(x))
+        outputs.append(engine.run(_feed(x, timestep)).copy())
+        progress(len(outputs))
+        return outputs[-1]
+
+    shape = bundle.manifest.sample_shape
+    end = bundle.plan.sample(network, lambda j: noise.batch(seeds, j, shape))
+    return [*inputs, end], outputs
+
+
+def _feed(x: np.ndarray, timestep: float) -> dict[str, np.ndarray]:
+    return {"x": x, "t": np.full(len(x), timestep, np.float32)}
+
+
+def _course(
+    bundle: Bundle, engine: Engine, states: list[np.ndarray], outputs: list[np.ndarray], own: list[np.ndarray]
+) -> Course:
+    alone = [
+        sqnr(fp.astype(np.float64), np.array(engine.run(_feed(x, step.timestep)), np.float64))
+        for step, x, fp in zip(bundle.plan.steps, states[:-1], outputs, strict=True)
+    ]
+    accumulated = [_distance(x, fp) for x, fp in zip(own[1:], states[1:], strict=True)]
+    return Course(alone, accumulated)
+
+
+def _distance(x: np.ndarray, fp: np.ndarray) -> float:
+    rows, whole = (x - fp).reshape(len(x), -1), fp.reshape(len(fp), -1)
+    return float(np.median(np.linalg.norm(rows, axis=1) / np.linalg.norm(whole, axis=1)))
+
+
+def _layers(
+    bundle: Bundle, engine: str, states: list[np.ndarray], steps: int, progress: Callable[[int], None]
+) -> dict[str, tuple[float, int]]:
+    """Every computed operator's worst SQNR in dB on the engine's own input, and at which step (from 1) it was."""
+    operators = bundle.manifest.operators
+    forms = {name: Form(f.kind, len(f.inputs)) for name, f in operators.items() if not f.in_table}
+    model = ir.load(bundle.graph("denoiser"))
+    places = operator_places(model, forms)
+    worst = dict.fromkeys(places, (float("inf"), 0))
+    parts = {name: Part(model, place.inputs, [place.output]) for name, place in places.items()}
+    show_places(model, places)
+    with tempfile.TemporaryDirectory() as folder:
+        save_graph(model, Path(folder) / "shown.onnx")
+        options = EngineOptions(batch=len(states[0]))
+        shown = open_engine(Path(folder) / "shown.onnx", options, engine, bundle.manifest.target)
+        rows = np.linspace(0, len(bundle.plan) - 1, min(steps, len(bundle.plan))).round().astype(int).tolist()
+        for done, i in enumerate(rows, 1):
+            fed = _feed(states[i], bundle.plan.steps[i].timestep)
+            seen = {id(v): fed[str(v.name)] for v in model.graph.inputs}
+            seen |= {id(v): array for v, array in zip(model.graph.outputs, shown.run_all(fed), strict=True)}
+            for name, place in places.items():
+                read = (*place.inputs, *parts[name].needs)
+                (expected,) = parts[name].run({str(value.name): seen[id(value)] for value in read})
+                db = sqnr(expected.astype(np.float64), seen[id(place.output)].astype(np.float64))
+                worst[name] = min(worst[name], (db, i + 1))
+            progress(done)
+        shown.close()
+    return worst
