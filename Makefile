@@ -34,6 +34,7 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	@mkdir -p build && ln -sfn .. build/accuquant
 	MYPYPATH=build $(BIN)/mypy -p accuquant.calibrate -p accuquant.export -p accuquant.runtime
+	$(BIN)/python tools/check_stubs.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) build *.egg-info

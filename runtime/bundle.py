@@ -6,7 +6,6 @@
 compiled from the graphs on the machine that runs them.
 """
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -101,11 +100,6 @@ class Bundle:
             held = ", ".join(self.manifest.networks)
             raise AccuQuantError(f"{self.folder} holds no {network} (it holds {held}); export again without --no-twin")
         return self.folder / self.manifest.networks[network].graph
-
-    def digest(self, network: NetworkName) -> str:
-        """Of a network's graph and weights together."""
-        files = self.manifest.networks[network].files
-        return hashlib.sha256("".join(files[name] for name in sorted(files)).encode()).hexdigest()
 
     def weight_bytes(self, network: NetworkName) -> int:
         """Size on disk of a network's graph and data."""

@@ -11,11 +11,11 @@ from rich.table import Table
 from .bundle import Bundle
 from .console import bar, command, console
 from .engine_cache import EngineCache
-from .engines.rtx_compile import TARGETS, CompileRequest
+from .engines.compile_plan import TARGETS, CompileRequest
+from .engines.plans import CachedPlan, cached_plan
 from .errors import AccuQuantError
 from .files import atomic, cache_folder
 from .inspection import judge
-from .plans import CachedPlan, cached_plan
 
 
 def build(
@@ -35,7 +35,6 @@ def build(
             show("compiling plans", done, len(targets), target)
             begun = time.perf_counter()
             plan = cached_plan(
-                opened,
                 CompileRequest(opened.graph("denoiser"), target, sizes),
                 cache,
                 lambda target=target, done=done: show(  # type: ignore[misc]

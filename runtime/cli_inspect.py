@@ -18,10 +18,10 @@ from .console import command, console, machine_facts
 from .engine_cache import EngineCache
 from .engines import open_engine
 from .engines.base import EngineOptions
-from .engines.rtx_compile import TARGETS, CompileRequest
+from .engines.compile_plan import TARGETS, CompileRequest
+from .engines.plans import cached_plan
 from .files import cache_folder, write_text
 from .inspection import Verdict, judge, operator_precisions
-from .plans import cached_plan
 
 
 def inspect(
@@ -68,9 +68,7 @@ def _here(bundle: Bundle, name: str) -> dict[str, Any]:
 
 
 def _on_gpu(bundle: Bundle, target: str) -> dict[str, Any]:
-    compiled = cached_plan(
-        bundle, CompileRequest(bundle.graph("denoiser"), target), EngineCache(cache_folder())
-    ).compiled
+    compiled = cached_plan(CompileRequest(bundle.graph("denoiser"), target), EngineCache(cache_folder())).compiled
     verdicts = judge(bundle.manifest.operators, compiled.precisions(bundle.manifest.operators))
     return {
         "engine": f"TensorRT-RTX for {target}",

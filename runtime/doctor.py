@@ -1,20 +1,15 @@
 """What this machine can run: each backend's library, what it would compute in here, and what would make it better."""
 
 import ctypes.util
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
-from .engines import ENGINES, available, rests
-from .engines.rtx_compile import PACKAGES as RTX_PACKAGES
-from .engines.rtx_compile import installed as rtx_installed
+from .engines import ENGINES, EXTRAS, GPU_ENGINES, available, rests
+from .engines.compile_plan import LIBRARIES
+from .engines.cuda import gpu
 
 # The instructions that multiply 8-bit integers, four to a lane; without them int8 is no faster than fp32.
 INTEGER_INSTRUCTIONS = frozenset({"avx_vnni", "avx512_vnni", "amx_int8"})
-GPU_LIBRARIES: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "tensorrt": (("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt"),
-    "tensorrt-rtx": (RTX_PACKAGES, "rtx"),
-}
 
 
 @dataclass(frozen=True)
@@ -29,7 +24,7 @@ class Finding:
 
 def examine(instructions: str) -> list[Finding]:
     """Every backend, those that run on CPUs in order of preference; `instructions` as machine_facts names them."""
-    return [*(_on_cpu(name, instructions) for name in ENGINES), *(_on_gpu(name) for name in GPU_LIBRARIES)]
+    return [*(_on_cpu(name, instructions) for name in ENGINES), *(_on_gpu(name) for name in GPU_ENGINES)]
 
 
 def _on_cpu(name: str, instructions: str) -> Finding:
@@ -45,15 +40,16 @@ def _on_cpu(name: str, instructions: str) -> Finding:
 
 
 def _on_gpu(name: str) -> Finding:
-    packages, extra = GPU_LIBRARIES[name]
-    version, driver = _version(packages), ctypes.util.find_library("cuda")
+    library, driver = LIBRARIES[name.replace("-", "_")], ctypes.util.find_library("cuda")
+    version, device = _version(library.packages), gpu()
     if version is None:
-        advice = f"pip install 'accuquant[{extra}]'" + ("" if driver else "; no NVIDIA driver is here to run it")
+        advice = f"pip install 'accuquant[{EXTRAS[name]}]'" + ("" if driver else "; no NVIDIA driver is here to run it")
         return Finding(name, None, "-", advice)
-    if name == "tensorrt-rtx" and rtx_installed():
-        computes = "compiles ahead of time (accuquant-build BUNDLE --gpu)"
-        return Finding(name, version, computes, "this release does not run plans yet")
-    return Finding(name, version, "-", "this release does not run plans yet")
+    ahead = "compiles ahead of time (accuquant-build BUNDLE --gpu)" if name == "tensorrt-rtx" else "-"
+    if device is None:
+        missing = "no GPU that CUDA can use" if driver else "no NVIDIA driver"
+        return Finding(name, version, ahead, f"{missing} is here to run plans")
+    return Finding(name, version, f"int8, int4, fp8, float16 on {device}", "of bundles made for it (--target tensorrt)")
 
 
 def _version(packages: tuple[str, ...]) -> str | None:

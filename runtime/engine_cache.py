@@ -89,6 +89,9 @@ class EngineCache:
                 write_text(part / "key.json", json.dumps(written, indent=1) + "\n")
             return CachedEngine(place / "engine", facts, built=True, instead_of=tuple(nearest))
 
+    def holds(self, key: EngineKey) -> bool:
+        return _facts(self.folder / key.digest) is not None
+
     def nearest(self, key: EngineKey) -> list[str]:
         """In what the most similar engine of the same graph differs from `key`; empty if there is none."""
         found = [key.differences(other) for other in self._keys() if other.graph == key.graph]

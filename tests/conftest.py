@@ -61,6 +61,12 @@ def formula() -> ModuleType:
     return load_module("formula")
 
 
+@pytest.fixture(scope="session")
+def stand_in() -> ModuleType:
+    """CUDA and TensorRT's classes for machines without a GPU."""
+    return load_module("stand_in_gpu")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_its_own(tmp_path_factory):
     """Neither the user's cache is read nor written."""

@@ -102,12 +102,12 @@ def save_checkpoint(folder: Path, network: nn.Module, name: str = "tiny.ckpt") -
     return path
 
 
-def export(folder: Path, weight_bits: int = 4, *, time_table: bool = True) -> Bundle:
-    """The U-Net as a bundle for CPUs, six steps, made as `accuquant-export --preset smoke` does."""
+def export(folder: Path, weight_bits: int = 4, *, time_table: bool = True, target: str = "cpu") -> Bundle:
+    """The U-Net as a bundle, six steps, made as `accuquant-export --preset smoke` does."""
     request = Request(
         checkpoint=save_checkpoint(folder, unet()),
         out=folder / "bundle",
-        scheme=QuantScheme(weight_bits=weight_bits, activation_bits=8),
+        scheme=QuantScheme(weight_bits=weight_bits, activation_bits=8, target=target),
         spec=CalibrationSpec(**PRESETS["smoke"]),
         steps=6,
         pictures=8,

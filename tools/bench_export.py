@@ -46,7 +46,7 @@ from accuquant.export.lower import lower
 from accuquant.export.passes.cast_rest import cast_rest
 from accuquant.export.verify import check_graph
 from accuquant.runtime.console import console, machine_facts
-from accuquant.runtime.engines.rtx_compile import CompileRequest, compile_plan
+from accuquant.runtime.engines.compile_plan import CompileRequest, compile_plan
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.files import write_text
 from rich.table import Table

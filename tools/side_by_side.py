@@ -10,7 +10,7 @@ import numpy as np
 from accuquant.runtime import noise
 from accuquant.runtime.engines import open_engine
 from accuquant.runtime.engines.base import Engine, EngineOptions
-from accuquant.runtime.engines.rtx_compile import CompileRequest, compile_plan, installed
+from accuquant.runtime.engines.compile_plan import CompileRequest, compile_plan, installed
 from accuquant.runtime.engines.rtx_log import PRODUCTS
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.fidelity import psnr, ssim

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import AccuQuantError
 from .base import Engine, EngineOptions, Rest
+from .cuda import gpu
 
 
 def _openvino() -> type[Engine]:
@@ -20,13 +21,31 @@ def _onnxruntime() -> type[Engine]:
     return OnnxRuntimeEngine
 
 
+def _tensorrt() -> type[Engine]:
+    from .tensorrt import TensorRTEngine
+
+    return TensorRTEngine
+
+
+def _tensorrt_rtx() -> type[Engine]:
+    from .tensorrt import TensorRTRTXEngine
+
+    return TensorRTRTXEngine
+
+
 # Order is preference: OpenVINO runs our Q/DQ graphs wholly in int8, ONNX Runtime only those made for it.
 ENGINES: dict[str, Callable[[], type[Engine]]] = {"openvino": _openvino, "onnxruntime": _onnxruntime}
+# Those of graphs for TensorRT. The one that measures its kernels on the GPU comes before the one that does not.
+GPU_ENGINES: dict[str, Callable[[], type[Engine]]] = {"tensorrt": _tensorrt, "tensorrt-rtx": _tensorrt_rtx}
+ALL = ENGINES | GPU_ENGINES
+EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 
 
 def available() -> list[str]:
-    """Engines whose library is installed, best first."""
-    return [name for name in ENGINES if importlib.util.find_spec(name) is not None]
+    """Engines that can run here, best first: those for CPUs whose library is installed; if there is a GPU, its own."""
+    here = [name for name in ENGINES if importlib.util.find_spec(name) is not None]
+    on_gpu = [name for name in GPU_ENGINES if importlib.util.find_spec(name.replace("-", "_")) is not None]
+    return here + (on_gpu if on_gpu and gpu() else [])
 
 
 def open_engine(path: Path, options: EngineOptions, name: str = "auto", target: str = "") -> Engine:
@@ -35,12 +54,12 @@ def open_engine(path: Path, options: EngineOptions, name: str = "auto", target: 
     Raises:
         AccuQuantError: unknown name, its library is not installed, or it has no `options.rest` on this machine.
     """
-    return ENGINES[choose(name, target)]()(path, options)
+    return ALL[choose(name, target)]()(path, options)
 
 
 def rests(name: str = "auto", target: str = "") -> tuple[Rest, ...]:
     """What engine `name` can compute in here besides integers, float32 first; raises as `open_engine` does."""
-    return ENGINES[choose(name, target)]().rests()
+    return ALL[choose(name, target)]().rests()
 
 
 def choose(name: str, target: str = "") -> str:
@@ -53,9 +72,14 @@ def choose(name: str, target: str = "") -> str:
     if name == "auto":
         if not installed:
             raise AccuQuantError("no engine is installed; install one with: pip install 'accuquant[cpu]'")
-        return target if target in installed else installed[0]
-    if name not in ENGINES:
-        raise AccuQuantError(f"unknown engine {name!r}; known: {', '.join(ENGINES)}")
+        made_for = GPU_ENGINES if target == "tensorrt" else (target,)
+        return next((name for name in made_for if name in installed), installed[0])
+    if name not in ALL:
+        raise AccuQuantError(f"unknown engine {name!r}; known: {', '.join(ALL)}")
+    if name not in installed and name in GPU_ENGINES:
+        raise AccuQuantError(
+            f"engine {name} needs an NVIDIA GPU with its driver, and pip install 'accuquant[{EXTRAS[name]}]'"
+        )
     if name not in installed:
         raise AccuQuantError(f"engine {name} is not installed; install it with: pip install {name}")
     return name

@@ -5,9 +5,11 @@ With ProfilingVerbosity.DETAILED the log holds a `Layers:` block, one line a ker
     Name: .., LayerType: correlation, Inputs: [ { .., Datatype: Int8, .. }], Constants: [..], Outputs: [..],
     TacticName: .., StreamId: 0, Metadata: [ONNX Layer: conv_in][ONNX Layer: conv_in.input0.dequantize]..
 
-The format is documented nowhere; it was read off release 1.7, and a test holds samples of it.
+The format is documented nowhere; it was read off release 1.7, and a test holds samples of it. TensorRT tells the same
+as JSON, through an inspector of the finished plan: its documented keys are read here too, and were not tried on a GPU.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from .base import Kernel
 
 # Kernels that multiply: `correlation` is a convolution, `runtime_fusion` a matmul whose kernel is chosen on the device.
 PRODUCTS = frozenset({"correlation", "deconv", "gemm", "runtime_fusion"})
+TYPES = ("BFloat16", "Half", "FP8", "FP4", "Int8", "Int4", "Int32", "Int64", "Bool", "Float")  # as layers name them
 
 LOW_BIT = frozenset({"Int4", "Int8", "FP8"})
 
@@ -70,3 +73,29 @@ def parse_log(text: str) -> Compiled:
         raise AccuQuantError(f"the compiler's log holds {problem}; accuquant reads the format of TensorRT-RTX 1.7")
     sizes = {kind: int(count) for kind, count in _BYTES.findall(text)}
     return Compiled(tuple(kernels), sizes.get("Weights", 0), sizes.get("Activation", 0))
+
+
+def parse_layers(text: str) -> Compiled:
+    """Read an inspector's JSON: `Layers` with `Inputs`, whose type stands in `Datatype` or, before 11, in words.
+
+    Raises:
+        AccuQuantError: it is no such JSON, or was built without detailed verbosity.
+    """
+    try:
+        layers = json.loads(text)["Layers"]
+        kernels = tuple(
+            Kernel(row["LayerType"], _type(row["Inputs"]), tuple(_NODE.findall(row.get("Metadata", ""))))
+            for row in layers
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise AccuQuantError(f"the inspector tells no layers in the form that accuquant reads: {error!r}") from None
+    return Compiled(kernels, 0, 0)
+
+
+def _type(inputs: list[dict[str, str]]) -> str:
+    """Of the first input: `Datatype: Int8`, or `Format/Datatype: Thirty-two wide channel vectorized Int8 format`."""
+    if not inputs:
+        return "-"
+    said = inputs[0].get("Datatype") or inputs[0]["Format/Datatype"]
+    words = {"FP16": "Half", "FP32": "Float", "INT8": "Int8"}
+    return next((known for known in TYPES if known in said), next((k for w, k in words.items() if w in said), "-"))

@@ -22,8 +22,8 @@ from accuquant.export.passes.cast_rest import cast_rest
 from accuquant.export.verify import check_graph, check_parity
 from accuquant.runtime.engines import open_engine
 from accuquant.runtime.engines.base import EngineOptions
+from accuquant.runtime.engines.compile_plan import CompileRequest, compile_plan, installed
 from accuquant.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from accuquant.runtime.engines.rtx_compile import CompileRequest, compile_plan, installed
 from accuquant.runtime.errors import AccuQuantError
 from torch import nn
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from accuquant.runtime.bundle import OperatorFacts
-from accuquant.runtime.engines.rtx_compile import installed
+from accuquant.runtime.engines.compile_plan import installed
 from accuquant.runtime.inspection import judge
 
 

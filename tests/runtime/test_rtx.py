@@ -19,7 +19,7 @@ from accuquant.calibrate.trajectory import simulate
 from accuquant.export.graph import save_graph, trace_float
 from accuquant.export.lower import lower
 from accuquant.export.passes.cast_rest import cast_rest
-from accuquant.runtime.engines.rtx_compile import CompileRequest, compile_plan, installed
+from accuquant.runtime.engines.compile_plan import CompileRequest, compile_plan, installed
 from accuquant.runtime.engines.rtx_log import parse_log
 from accuquant.runtime.errors import AccuQuantError
 from onnx import TensorProto, helper, numpy_helper
