@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .trajectory import NOTHING, Condition
+
 
 class _Concatenations(TorchFunctionMode):
     """Remembers the results of torch.cat over two tensors on axis 1, alive, by identity."""
@@ -38,7 +40,7 @@ class _Concatenations(TorchFunctionMode):
 
 
 @torch.no_grad()
-def find_splits(network: nn.Module, sample_shape: tuple[int, ...]) -> dict[str, int]:
+def find_splits(network: nn.Module, sample_shape: tuple[int, ...], condition: Condition = NOTHING) -> dict[str, int]:
     """For every Conv2d that reads a concatenation of two tensors directly, the channels of the first.
 
     Grouped convolutions are left out: their channels do not add up over the parts.
@@ -60,7 +62,8 @@ def find_splits(network: nn.Module, sample_shape: tuple[int, ...]) -> dict[str, 
             if isinstance(module, nn.Conv2d) and module.groups == 1
         ]
         try:
-            network(torch.zeros(1, *sample_shape, device=device), torch.zeros(1, device=device))
+            given = {name: value[:1].to(device) for name, value in condition.items()}
+            network(torch.zeros(1, *sample_shape, device=device), torch.zeros(1, device=device), **given)
         finally:
             for handle in handles:
                 handle.remove()

@@ -12,12 +12,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
+from torch import nn
 
 from ..calibrate.begin import Beginning
 from ..calibrate.cache import TrajectoryCache
@@ -27,13 +26,13 @@ from ..calibrate.journal import Journal
 from ..calibrate.layers import QuantizedOperator
 from ..calibrate.model import DiffusionModel, quantize
 from ..calibrate.optimize import Outcome, calibrate
-from ..calibrate.recipe import ActivationRecipe, Recipe, freeze
+from ..calibrate.recipe import Recipe, freeze
 from ..calibrate.scheme import QuantScheme
 from ..calibrate.sensitivity import keep_sensitive
 from ..calibrate.spec import CalibrationSpec
 from ..calibrate.trace import trace
 from ..calibrate.trajectory import Trajectory, simulate
-from ..runtime.bundle import IN_TABLE, Bundle, Manifest, OperatorFacts, describe, save_manifest
+from ..runtime.bundle import Bundle, Manifest, OperatorFacts, describe, save_manifest
 from ..runtime.console import machine_facts
 from ..runtime.engines import open_engine
 from ..runtime.errors import AccuQuantError
@@ -41,7 +40,8 @@ from ..runtime.files import atomic_folder, sha256
 from ..runtime.inspection import LOOKED_UP
 from ..runtime.plan import SamplingPlan
 from .check_target import check_target
-from .graph import operator_nodes, save_graph, trace_float
+from .facts import operator_facts, versions
+from .graph import save_graph, trace_float
 from .layer_parity import ENGINE_LEAST, check_layers, layer_parity
 from .lower import lower
 from .measure import Comparison, compare_twins
@@ -71,14 +71,20 @@ class Request:
     device: str = "cpu"
     pictures: int = 64
     time_table: bool = True
+    guidance: float | None = None
     cache: TrajectoryCache | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A loaded model with its operators quantized (not yet calibrated), its plan, and what calibrating will cost."""
+    """A loaded model with its operators quantized (not yet calibrated), its plan, and what calibrating will cost.
+
+    `network` is the model's as the sampler calls it, with guidance.
+    """
 
     model: DiffusionModel
+    network: nn.Module
+    guidance: float
     operators: dict[str, QuantizedOperator]
     plan: SamplingPlan
     estimate: Estimate
@@ -97,10 +103,15 @@ def prepare(request: Request) -> Prepared:
     _check_out(request.out)
     model = load_model(request.checkpoint, request.config)
     plan = trace(request.sampler or model.default_sampler, model.noise_schedule, request.steps or model.default_steps)
-    network = model.network.to(request.device)
+    usual = 1.0 if model.conditioning is None else model.conditioning.guidance
+    guidance = usual if request.guidance is None else request.guidance
+    network = model.guided(guidance)
+    model.network.to(request.device)
     operators = quantize(model, request.scheme)
-    cost = estimate(network, operators, plan, request.spec, model.sample_shape, reserve=request.scheme.reserve)
-    return Prepared(model, operators, plan, cost)
+    cost = estimate(
+        network, operators, plan, request.spec, model.sample_shape, model.condition([0]), reserve=request.scheme.reserve
+    )
+    return Prepared(model, network, guidance, operators, plan, cost)
 
 
 def build(request: Request, prepared: Prepared, show: Show) -> Result:
@@ -117,6 +128,7 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         "scheme": request.scheme.model_dump(),
         "calibration": request.spec.model_dump(),
         "plan": plan.model_dump(mode="json"),
+        "guidance": prepared.guidance,
         "torch": torch.__version__,
     }
     teacher, judge = _trajectories(request, prepared, work, specification, show)
@@ -127,7 +139,7 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
     begun = time.perf_counter()
     show("export", 0, 3, "")
     with atomic_folder(request.out) as folder:
-        float_graph = trace_float(model.network, operators, model.sample_shape)
+        float_graph = trace_float(model.network, operators, model.sample_shape, model.condition([0]))
         show("export", 1, 3, "")
         quantized, twin = lower(float_graph, recipe, request.scheme.target)
         alone = request.scheme.weights_alone
@@ -153,7 +165,7 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         )  # fmt: skip
         show("export", 3, 3, "")
         times["export"] = time.perf_counter() - begun
-        facts = _operator_facts(recipe, quantized)
+        facts = operator_facts(recipe, quantized)
         _write_manifest(folder, request, prepared, facts, looked_up > 0, parity, recipe.facts.provenance)
         bundle = Bundle(folder)
         comparison = compare_twins(
@@ -188,17 +200,20 @@ def _trajectories(
         depends_on = {
             "checkpoint": specification["checkpoint"],
             "plan": specification["plan"],
+            "guidance": prepared.guidance,
             "seeds": [first, count],
             "torch": torch.__version__,
             "device": request.device,
         }
 
         def compute(name: str = name, first: int = first, count: int = count) -> Trajectory:
+            seeds = range(first, first + count)
             return simulate(
-                prepared.model.network,
+                prepared.network,
                 prepared.plan,
-                range(first, first + count),
+                seeds,
                 prepared.model.sample_shape,
+                prepared.model.condition(seeds),
                 progress=lambda done, total: show(f"{name} trajectories", done, total, ""),
             )
 
@@ -211,7 +226,7 @@ def _trajectories(
 def _calibrate(
     request: Request, prepared: Prepared, teacher: Trajectory, judge: Trajectory, journal: Journal, show: Show
 ) -> Outcome:
-    network, operators, plan = prepared.model.network, prepared.operators, prepared.plan
+    network, operators, plan = prepared.network, prepared.operators, prepared.plan
     if not operators:
         return Outcome(Beginning("nothing to quantize", {}), {0: 0.0})
     keep_sensitive(
@@ -261,44 +276,6 @@ def _provenance(request: Request, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of everything that had a hand in the artifact."""
-    names = ("accuquant", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "numpy")
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _operator_facts(recipe: Recipe, graph: ir.Model) -> dict[str, OperatorFacts]:
-    """What became of every operator; those that are no node of the graph any more are in its table of timesteps."""
-    facts, nodes = {}, operator_nodes(graph)
-    for name, operator in recipe.facts.operators.items():
-        codes = recipe.codes.get(name)
-        count = 0 if codes is None else codes.numel()
-        container = (recipe.container(name) or "-") if name in nodes else IN_TABLE
-        facts[name] = OperatorFacts(
-            kind=operator.kind,
-            role=operator.role,
-            weight_bits=operator.weight_bits,
-            weight_container=container,
-            inputs=tuple(_grid_name(i) for i in operator.inputs),
-            output=None if operator.output is None else _grid_name(operator.output),
-            parameters=count,
-            stored_bytes={"int4": (count + 1) // 2, IN_TABLE: 0}.get(container, count),
-        )
-    return facts
-
-
-def _grid_name(facts: ActivationRecipe) -> str:
-    if facts.number == "float8":
-        return "fp8"
-    return f"{'int' if facts.signed else 'uint'}{facts.bits}"
-
-
 def _write_manifest(
     folder: Path,
     request: Request,
@@ -308,16 +285,19 @@ def _write_manifest(
     parity: dict[str, float],
     provenance: dict[str, Any],
 ) -> None:
+    known = prepared.model.conditioning
+    guided = "" if prepared.guidance == 1.0 else f", guidance {prepared.guidance:g}"
     save_manifest(
         folder,
         Manifest(
             family=prepared.model.family,
             found=prepared.model.found,
             sample_shape=prepared.model.sample_shape,
+            conditioning=known and known.model_copy(update={"guidance": prepared.guidance}),
             scheme=request.scheme.name,
             target=request.scheme.target,
             policy=request.scheme.policy,
-            sampler=f"{request.sampler or prepared.model.default_sampler} ({prepared.plan.sampler})",
+            sampler=f"{request.sampler or prepared.model.default_sampler} ({prepared.plan.sampler}){guided}",
             timesteps="plan" if looked_up else "any",
             networks=describe(folder, {"denoiser": "denoiser.onnx", "twin": "twin.onnx"}),
             operators=operators,

@@ -31,6 +31,10 @@ def export(
     preset: Annotated[str, typer.Option(help="Calibration effort: smoke, default or best.")] = "default",
     sampler: Annotated[str | None, typer.Option(help=f"One of {', '.join(SAMPLERS)} [the family's].")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps [the family's].")] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance to calibrate for, of conditional models [the family's]."),
+    ] = None,
     policy: Annotated[
         str, typer.Option(help="; ".join(f"{k}: {v.describes}" for k, v in POLICIES.items()))
     ] = "standard",
@@ -93,6 +97,7 @@ def export(
         device=_device(device),
         pictures=pictures,
         time_table=time_table,
+        guidance=guidance,
         cache=TrajectoryCache(cache_folder(), int(cache_gib * 2**30)),
     )
     prepared = prepare(request)

@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from ..runtime import noise
 from ..runtime.bundle import Bundle
+from ..runtime.denoiser import Denoiser, engine_batch
 from ..runtime.engines import open_engine
 from ..runtime.engines.base import Engine, EngineOptions
 from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -62,24 +63,36 @@ def compare(bundle: Bundle, engine: str, seeds: Sequence[int], steps: int, progr
     Raises:
         AccuQuantError: no such engine here, or an operator that the manifest names is not in the graph.
     """
-    options = EngineOptions(batch=len(seeds))
+    options, target = EngineOptions(engine_batch(len(seeds), _guidance(bundle))), bundle.manifest.target
     total = 3 * len(bundle.plan) + steps
-    twin = open_engine(bundle.graph("twin"), options, "auto", bundle.manifest.target)
-    states, outputs = _chain(bundle, twin, seeds, lambda done: progress(done, total))
+    twin = open_engine(bundle.graph("twin"), options, "auto", target)
+    states, outputs = _chain(bundle, _denoiser(bundle, twin, seeds), seeds, lambda done: progress(done, total))
     twin.close()
     courses = []
     standard = OnnxRuntimeEngine(bundle.graph("denoiser"), options, exact=True)
-    running = open_engine(bundle.graph("denoiser"), options, engine, bundle.manifest.target)
+    running = open_engine(bundle.graph("denoiser"), options, engine, target)
     for k, run in enumerate((standard, running), 1):
-        own, _ = _chain(bundle, run, seeds, lambda done, k=k: progress(k * len(bundle.plan) + done, total))  # type: ignore[misc]
-        courses.append(_course(bundle, run, states, outputs, own))
+        called = _denoiser(bundle, run, seeds)
+        own, _ = _chain(bundle, called, seeds, lambda done, k=k: progress(k * len(bundle.plan) + done, total))  # type: ignore[misc]
+        courses.append(_course(bundle, called, states, outputs, own))
         run.close()
-    layers = _layers(bundle, engine, states, steps, lambda done: progress(3 * len(bundle.plan) + done, total))
+    layers = _layers(bundle, engine, seeds, states, steps, lambda done: progress(3 * len(bundle.plan) + done, total))
     return Departure(courses[0], courses[1], layers, running.name)
 
 
+def _guidance(bundle: Bundle) -> float:
+    known = bundle.manifest.conditioning
+    return 1.0 if known is None else known.guidance
+
+
+def _denoiser(bundle: Bundle, engine: Engine, seeds: Sequence[int]) -> Denoiser:
+    denoiser = Denoiser(engine, len(seeds), bundle.manifest.conditioning, _guidance(bundle))
+    denoiser.under(seeds)
+    return denoiser
+
+
 def _chain(
-    bundle: Bundle, engine: Engine, seeds: Sequence[int], progress: Callable[[int], None]
+    bundle: Bundle, denoiser: Denoiser, seeds: Sequence[int], progress: Callable[[int], None]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Network inputs at every step with the final latent behind them, and network outputs."""
     inputs: list[np.ndarray] = []
@@ -87,7 +100,7 @@ def _chain(
 
     def network(x: np.ndarray, timestep: float) -> np.ndarray:
         inputs.append(np.array(x))
-        outputs.append(engine.run(_feed(x, timestep)).copy())
+        outputs.append(denoiser(x, timestep))
         progress(len(outputs))
         return outputs[-1]
 
@@ -96,15 +109,11 @@ def _chain(
     return [*inputs, end], outputs
 
 
-def _feed(x: np.ndarray, timestep: float) -> dict[str, np.ndarray]:
-    return {"x": x, "t": np.full(len(x), timestep, np.float32)}
-
-
 def _course(
-    bundle: Bundle, engine: Engine, states: list[np.ndarray], outputs: list[np.ndarray], own: list[np.ndarray]
+    bundle: Bundle, denoiser: Denoiser, states: list[np.ndarray], outputs: list[np.ndarray], own: list[np.ndarray]
 ) -> Course:
     alone = [
-        sqnr(fp.astype(np.float64), np.array(engine.run(_feed(x, step.timestep)), np.float64))
+        sqnr(fp.astype(np.float64), denoiser(x, step.timestep).astype(np.float64))
         for step, x, fp in zip(bundle.plan.steps, states[:-1], outputs, strict=True)
     ]
     accumulated = [_distance(x, fp) for x, fp in zip(own[1:], states[1:], strict=True)]
@@ -117,7 +126,12 @@ def _distance(x: np.ndarray, fp: np.ndarray) -> float:
 
 
 def _layers(
-    bundle: Bundle, engine: str, states: list[np.ndarray], steps: int, progress: Callable[[int], None]
+    bundle: Bundle,
+    engine: str,
+    seeds: Sequence[int],
+    states: list[np.ndarray],
+    steps: int,
+    progress: Callable[[int], None],
 ) -> dict[str, tuple[float, int]]:
     """Every computed operator's worst SQNR in dB on the engine's own input, and at which step (from 1) it was."""
     operators = bundle.manifest.operators
@@ -129,11 +143,12 @@ def _layers(
     show_places(model, places)
     with tempfile.TemporaryDirectory() as folder:
         save_graph(model, Path(folder) / "shown.onnx")
-        options = EngineOptions(batch=len(states[0]))
+        options = EngineOptions(engine_batch(len(seeds), _guidance(bundle)))
         shown = open_engine(Path(folder) / "shown.onnx", options, engine, bundle.manifest.target)
+        denoiser = _denoiser(bundle, shown, seeds)
         rows = np.linspace(0, len(bundle.plan) - 1, min(steps, len(bundle.plan))).round().astype(int).tolist()
         for done, i in enumerate(rows, 1):
-            fed = _feed(states[i], bundle.plan.steps[i].timestep)
+            fed = denoiser.feed(states[i], bundle.plan.steps[i].timestep)
             seen = {id(v): fed[str(v.name)] for v in model.graph.inputs}
             seen |= {id(v): array for v, array in zip(model.graph.outputs, shown.run_all(fed), strict=True)}
             for name, place in places.items():

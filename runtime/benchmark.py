@@ -128,11 +128,11 @@ def _steps(
     taken: dict[str, list[float]] = {name: [] for name in pipelines}
     batch = next(iter(pipelines.values())).batch
     x = noise.batch(range(batch), -1, bundle.manifest.sample_shape)
-    t = np.full(batch, bundle.plan.steps[0].timestep, np.float32)
+    fed = {name: pipeline.denoiser.feed(x, bundle.plan.steps[0].timestep) for name, pipeline in pipelines.items()}
     for i in range(WARM_UP + repeats):
         for name in _in_turn(list(pipelines), i):
             begun = time.perf_counter()
-            pipelines[name].engine.run({"x": x, "t": t})
+            pipelines[name].engine.run(fed[name])
             if i >= WARM_UP:
                 taken[name].append(time.perf_counter() - begun)
         progress(i + 1)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import AccuQuantError
 from .files import sha256, write_text
@@ -52,16 +52,31 @@ class OperatorFacts(BaseModel):
         return self.weight_container == IN_TABLE
 
 
+class Conditioning(BaseModel):
+    """What a network takes beside latent and timestep: a class, int64 (B,) under the graph's name for it.
+
+    `null` is the class that stands for none, which guidance needs; `guidance` is what calibration simulated, 1: none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["class"] = "class"
+    input: str = "y"
+    classes: int = Field(gt=0)
+    null: int | None = None
+    guidance: float = 1.0
+
+
 class Manifest(BaseModel):
     """The contract between export and runtime."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     family: str
     found: str
     sample_shape: tuple[int, int, int]
-    conditioning: Literal["none"] = "none"
+    conditioning: Conditioning | None = None
     scheme: str
     target: str
     policy: str

@@ -25,6 +25,12 @@ def sample(
         "grid.png"
     ),
     fp: Annotated[bool, typer.Option("--fp", help="Run the full-precision twin instead.")] = False,
+    classes: Annotated[
+        str, typer.Option("--class", help="Of class-conditional models: one, or several with commas, in turn [all].")
+    ] = "",
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 1 is none [what the bundle was calibrated for].")
+    ] = None,
     engine: Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")] = "auto",
     rest: Annotated[Rest, typer.Option(help="What is not integer; bfloat16 where the CPU has it.")] = "float32",
     batch: Annotated[int, typer.Option(min=1)] = 8,
@@ -39,8 +45,9 @@ def sample(
     network: NetworkName = "twin" if fp else "denoiser"
     size = min(batch, n)
     other = SamplingPlan.load(plan) if plan else None
+    wanted = _classes(classes, n)
     with Pipeline(
-        opened, network=network, engine=engine, batch=size, threads=threads, rest=rest, plan=other
+        opened, network=network, engine=engine, batch=size, threads=threads, rest=rest, plan=other, guidance=guidance
     ) as pipeline:
         manifest, steps = opened.manifest, len(pipeline.plan)
         precision = rest if fp else manifest.scheme + ("" if rest == "float32" else f" with {rest}")
@@ -53,7 +60,7 @@ def sample(
                 chunks = -(-n // pipeline.batch)
                 show("sampling", first // pipeline.batch * steps + done, chunks * steps, "")
 
-            latents = pipeline.generate(range(seed, seed + n), on_step)
+            latents = pipeline.generate(range(seed, seed + n), on_step, classes=wanted)
         seconds = time.perf_counter() - begun
     if out.suffix == ".npy":
         with atomic(out) as part, part.open("wb") as file:
@@ -70,6 +77,17 @@ def sample(
         f"{n} pictures, seeds {seed}..{seed + n - 1}, in {seconds:.1f} s "
         f"({seconds / n * 1e3:.0f} ms each; {facts['cpu']}, {facts['cores']} cores): {out}"
     )
+
+
+def _classes(text: str, n: int) -> list[int] | None:
+    """One class for each of n pictures, in turn; None if none was named."""
+    if not text:
+        return None
+    try:
+        named = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise AccuQuantError(f"--class {text!r}: write whole numbers separated by commas, such as 207,360") from None
+    return [named[i % len(named)] for i in range(n)]
 
 
 main = command(sample)

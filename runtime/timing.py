@@ -12,6 +12,7 @@ import numpy as np
 
 from . import noise
 from .bundle import Bundle, NetworkName
+from .denoiser import Denoiser
 from .engines import open_engine
 from .engines.base import EngineOptions, Kernel
 
@@ -36,11 +37,11 @@ def step_times(bundle: Bundle, network: NetworkName, engine: str, options: Engin
     """
     opened = open_engine(bundle.graph(network), replace(options, profile=True), engine, bundle.manifest.target)
     x = noise.batch(range(options.batch), -1, bundle.manifest.sample_shape)
-    t = np.full(options.batch, bundle.plan.steps[0].timestep, np.float32)
     try:
+        fed = Denoiser(opened, options.batch, bundle.manifest.conditioning).feed(x, bundle.plan.steps[0].timestep)
         runs = []
         for i in range(-3, repeats):
-            opened.run({"x": x, "t": t})
+            opened.run(fed)
             if i >= 0:
                 runs.append(attribute(opened.kernels(), bundle.manifest.operators))
     finally:

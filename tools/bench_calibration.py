@@ -31,7 +31,7 @@ from accuquant.calibrate.rounding import training_codes
 from accuquant.calibrate.scheme import QuantScheme
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import Trajectory
-from accuquant.export.build import versions
+from accuquant.export.facts import versions
 from accuquant.export.figures import lines, markup
 from accuquant.runtime.console import console, machine_facts
 from accuquant.runtime.files import write_text

@@ -39,8 +39,8 @@ from accuquant.calibrate.families import load_model
 from accuquant.calibrate.layers import QuantizedOperator, quantize_operators
 from accuquant.calibrate.recipe import freeze
 from accuquant.calibrate.scheme import QuantScheme, Role, TargetName, parse_bits
-from accuquant.export.build import versions
 from accuquant.export.check_target import check_target
+from accuquant.export.facts import versions
 from accuquant.export.graph import save_graph, trace_float
 from accuquant.export.lower import lower
 from accuquant.export.passes.cast_rest import cast_rest

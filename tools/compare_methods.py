@@ -24,7 +24,7 @@ import torch
 import typer
 from accuquant.calibrate.scheme import QuantScheme, parse_precision
 from accuquant.calibrate.spec import CalibrationSpec, parse_settings
-from accuquant.export.build import versions
+from accuquant.export.facts import versions
 from accuquant.runtime.console import bar, command, console, machine_facts
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.files import sha256, write_text

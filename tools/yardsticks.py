@@ -28,7 +28,8 @@ from typing import Annotated, Any
 import numpy as np
 import onnx
 import typer
-from accuquant.export.build import TEACHER_SEEDS, versions
+from accuquant.export.build import TEACHER_SEEDS
+from accuquant.export.facts import versions
 from accuquant.export.figures import lines, markup
 from accuquant.runtime import noise
 from accuquant.runtime.bundle import Bundle

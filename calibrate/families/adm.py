@@ -23,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from ...runtime.bundle import Conditioning
 from ...runtime.errors import AccuQuantError
 from ..checkpoint import load_weights
 from ..model import DiffusionModel
@@ -69,14 +70,10 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
     """Build the network that the keys describe and load them strictly.
 
     Raises:
-        AccuQuantError: no configuration, one that contradicts the keys, a classifier or a class-conditional model, or
-            weights missing, left over or not finite.
+        AccuQuantError: no configuration, one that contradicts the keys, a classifier, or weights missing, left over or
+            not finite.
     """
-    if "label_emb.weight" in state:
-        raise AccuQuantError(
-            f"{path} is a class-conditional model ({len(state['label_emb.weight'])} classes); networks that take more "
-            "than a picture and a timestep cannot be exported yet"
-        )
+    classes = len(state["label_emb.weight"]) if "label_emb.weight" in state else None
     shape = shape_from_keys(state, path)
     facts, source = _facts(path, config, shape)
     channels = state["input_blocks.0.0.weight"].shape[1]
@@ -89,6 +86,7 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
         **shape,
         in_channels=channels,
         out_channels=channels,
+        classes=classes,
         head_channels=facts.num_head_channels,
         heads=facts.num_heads if facts.num_head_channels == -1 else None,
     )
@@ -103,10 +101,11 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
             weights[name] = sort_qkv(weights[name], network_config)
     load_weights(network, weights, path)
     millions, size = sum(p.numel() for p in network.parameters()) / 1e6, facts.image_size
+    kinds = f", {classes} classes" if classes else ""
     order = "new" if facts.use_new_attention_order else "legacy"
     return DiffusionModel(
         family="adm",
-        found=f"{NAME}, {millions:.2f} M parameters, {channels}x{size}x{size}, {order} qkv order, "
+        found=f"{NAME}, {millions:.2f} M parameters, {channels}x{size}x{size}{kinds}, {order} qkv order, "
         f"configuration from {source}",
         network=network.eval().requires_grad_(False),
         sample_shape=(channels, size, size),
@@ -123,6 +122,8 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
         block_of=block_of,
         default_sampler="ddim",
         default_steps=50,
+        # None of the classes stands for none: these models were guided by a classifier.
+        conditioning=Conditioning(classes=classes) if classes else None,
     )
 
 

@@ -39,6 +39,7 @@ class AdmConfig:
     heads: int | None = None
     resblock_updown: bool = True
     scale_shift_norm: bool = True
+    classes: int | None = None
 
     def width(self, level: int) -> int:
         return int(self.channel_mult[level] * self.model_channels)
@@ -147,13 +148,18 @@ class Stage(nn.ModuleList):
 
 
 class AdmUNet(nn.Module):
-    """The denoiser: x (B, in_channels, H, W) float32 and t (B,) float32 to (B, out_channels, H, W)."""
+    """The denoiser: x (B, in_channels, H, W) float32, t (B,) float32 to (B, out_channels, H, W).
+
+    With `classes` also y (B,) int64, whose embedding is added to the timestep's.
+    """
 
     def __init__(self, config: AdmConfig) -> None:
         super().__init__()
         self.config = config
         temb, levels = 4 * config.model_channels, len(config.channel_mult)
         self.time_embed = nn.Sequential(nn.Linear(config.model_channels, temb), nn.SiLU(), nn.Linear(temb, temb))
+        if config.classes is not None:
+            self.label_emb = nn.Embedding(config.classes, temb)
 
         def block(channels_in: int, channels_out: int, factor: float | None = None) -> ResBlock:
             return ResBlock(channels_in, channels_out, temb, config.scale_shift_norm, factor)
@@ -190,8 +196,10 @@ class AdmUNet(nn.Module):
                 self.output_blocks.append(stage)
         self.out = nn.Sequential(nn.GroupNorm(GROUPS, h), nn.SiLU(), nn.Conv2d(h, config.out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels))
+        if y is not None:
+            emb = emb + self.label_emb(y)
         h, skips = x, []
         for stage in cast(list[Stage], list(self.input_blocks)):
             h = stage.run(h, emb)

@@ -13,6 +13,7 @@ from accuquant.calibrate.layers import quantize_operators
 from accuquant.calibrate.model import quantize
 from accuquant.calibrate.scheme import QuantScheme
 from accuquant.export.graph import operator_nodes, trace_float
+from accuquant.runtime.bundle import Conditioning
 from accuquant.runtime.errors import AccuQuantError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_adm.json").read_text())["cases"]
@@ -27,9 +28,10 @@ def checkpoint(folder, formula, case, flags=None):
     return folder / "m.pt"
 
 
-def output(network, formula):
+def output(network, formula, case):
+    given = {"y": torch.tensor(case["classes"])} if "classes" in case else {}
     with torch.no_grad():
-        return network(formula.formula_input((2, 3, 8, 8)), torch.tensor([0.0, 617.0])).numpy().ravel()
+        return network(formula.formula_input((2, 3, 8, 8)), torch.tensor([0.0, 617.0]), **given).numpy().ravel()
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -38,7 +40,7 @@ def test_agrees_with_the_authors_code(name, formula, tmp_path):
     model = load_model(checkpoint(tmp_path, formula, GOLDEN[name]))
     assert model.family == "adm"
     assert model.sample_shape == (3, 8, 8)
-    np.testing.assert_allclose(output(model.network, formula), GOLDEN[name]["output"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(output(model.network, formula, GOLDEN[name]), GOLDEN[name]["output"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -46,13 +48,13 @@ def test_the_wrong_qkv_order_would_be_seen(name, formula, tmp_path):
     flags = GOLDEN[name]["flags"]
     wrong = flags | {"use_new_attention_order": not flags["use_new_attention_order"]}
     model = load_model(checkpoint(tmp_path, formula, GOLDEN[name], wrong))
-    assert np.abs(output(model.network, formula) - GOLDEN[name]["output"]).max() > 1e-2
+    assert np.abs(output(model.network, formula, GOLDEN[name]) - GOLDEN[name]["output"]).max() > 1e-2
 
 
 def test_the_wrong_number_of_heads_would_be_seen(formula, tmp_path):
     case = GOLDEN[LEGACY]
     model = load_model(checkpoint(tmp_path, formula, case, case["flags"] | {"num_head_channels": 32}))
-    assert np.abs(output(model.network, formula) - case["output"]).max() > 1e-2
+    assert np.abs(output(model.network, formula, case) - case["output"]).max() > 1e-2
 
 
 def test_embedding_is_cosines_then_sines():
@@ -108,11 +110,13 @@ def test_a_file_without_its_flags_says_what_is_missing(formula, tmp_path):
     assert "put the training flags beside it as m.yml" in refusal(path)
 
 
-def test_a_class_conditional_model_is_refused_by_name(formula, tmp_path):
-    path = checkpoint(tmp_path, formula, GOLDEN[LEGACY])
-    state = torch.load(path, weights_only=True) | {"label_emb.weight": torch.zeros(1000, 128)}
-    torch.save(state, path)
-    assert "class-conditional model (1000 classes)" in refusal(path)
+def test_a_class_conditional_model_says_so_and_cannot_be_guided(formula, tmp_path):
+    model = load_model(checkpoint(tmp_path, formula, GOLDEN["five classes"]))
+    assert "5 classes" in model.found
+    assert model.conditioning == Conditioning(classes=5)
+    assert model.condition([3, 4, 5])["y"].tolist() == [3, 4, 0]
+    with pytest.raises(AccuQuantError, match="no class that stands for none"):
+        model.guided(2.0)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +156,6 @@ def test_damaged_state_dicts_are_named(formula, tmp_path, change, words):
 
 def test_bare_quantization_keeps_the_float_output(formula, tmp_path):
     model = load_model(checkpoint(tmp_path, formula, GOLDEN[LEGACY]))
-    before = output(model.network, formula)
+    before = output(model.network, formula, GOLDEN[LEGACY])
     quantize_operators(model.network, QuantScheme(weight_bits=8, activation_bits=8), model.role_of)
-    np.testing.assert_array_equal(output(model.network, formula), before)
+    np.testing.assert_array_equal(output(model.network, formula, GOLDEN[LEGACY]), before)
