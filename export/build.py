@@ -32,7 +32,7 @@ from ..calibrate.sensitivity import keep_sensitive
 from ..calibrate.spec import CalibrationSpec
 from ..calibrate.trace import trace
 from ..calibrate.trajectory import Trajectory, simulate
-from ..runtime.bundle import Bundle, Manifest, OperatorFacts, describe, save_manifest
+from ..runtime.bundle import Bundle, Manifest, NetworkName, OperatorFacts, describe, save_manifest
 from ..runtime.console import machine_facts
 from ..runtime.engines import open_engine
 from ..runtime.errors import AccuQuantError
@@ -40,6 +40,7 @@ from ..runtime.files import atomic_folder, sha256
 from ..runtime.inspection import LOOKED_UP
 from ..runtime.plan import SamplingPlan
 from .check_target import check_target
+from .companions import save_companions
 from .facts import operator_facts, versions
 from .graph import save_graph, trace_float
 from .layer_parity import ENGINE_LEAST, check_layers, layer_parity
@@ -159,6 +160,8 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         for graph, name in ((quantized, "denoiser.onnx"), (twin, "twin.onnx")):
             save_graph(graph, folder / name)
             check_graph(folder / name)
+        graphs: dict[NetworkName, str] = {"denoiser": "denoiser.onnx", "twin": "twin.onnx"}
+        graphs |= save_companions(model, folder)
         parity = check_parity(
             folder / "denoiser.onnx", folder / "twin.onnx", model.network, operators, plan, judge,
             math.inf if request.scheme.rest == "float32" else FLOAT16_REACHES,
@@ -166,7 +169,7 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         show("export", 3, 3, "")
         times["export"] = time.perf_counter() - begun
         facts = operator_facts(recipe, quantized)
-        _write_manifest(folder, request, prepared, facts, looked_up > 0, parity, recipe.facts.provenance)
+        _write_manifest(folder, request, prepared, graphs, facts, looked_up > 0, parity, recipe.facts.provenance)
         bundle = Bundle(folder)
         comparison = compare_twins(
             bundle, request.pictures, 0, lambda done, total: show("comparing twins", done, total, "")
@@ -280,6 +283,7 @@ def _write_manifest(
     folder: Path,
     request: Request,
     prepared: Prepared,
+    graphs: dict[NetworkName, str],
     operators: dict[str, OperatorFacts],
     looked_up: bool,
     parity: dict[str, float],
@@ -299,7 +303,7 @@ def _write_manifest(
             policy=request.scheme.policy,
             sampler=f"{request.sampler or prepared.model.default_sampler} ({prepared.plan.sampler}){guided}",
             timesteps="plan" if looked_up else "any",
-            networks=describe(folder, {"denoiser": "denoiser.onnx", "twin": "twin.onnx"}),
+            networks=describe(folder, graphs),
             operators=operators,
             provenance=provenance,
             quality=parity,

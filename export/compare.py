@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from ..runtime import noise
 from ..runtime.bundle import Bundle
+from ..runtime.conditions import open_conditions
 from ..runtime.denoiser import Denoiser, engine_batch
 from ..runtime.engines import open_engine
 from ..runtime.engines.base import Engine, EngineOptions
@@ -86,8 +87,12 @@ def _guidance(bundle: Bundle) -> float:
 
 
 def _denoiser(bundle: Bundle, engine: Engine, seeds: Sequence[int]) -> Denoiser:
-    denoiser = Denoiser(engine, len(seeds), bundle.manifest.conditioning, _guidance(bundle))
-    denoiser.under(seeds)
+    guidance, conditions = _guidance(bundle), open_conditions(bundle)
+    denoiser = Denoiser(engine, len(seeds), guidance)
+    if conditions is not None:
+        free = None if guidance == 1.0 else conditions.free()
+        denoiser.under(conditions.name, conditions.rows(conditions.wishes(seeds)), free)
+        conditions.close()
     return denoiser
 
 

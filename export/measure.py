@@ -9,7 +9,6 @@ import numpy as np
 from ..runtime.bundle import Bundle, NetworkName
 from ..runtime.fidelity import psnr, ssim
 from ..runtime.inspection import operator_precisions
-from ..runtime.pictures import to_uint8
 from ..runtime.pipeline import Pipeline
 
 
@@ -29,8 +28,8 @@ class Comparison:
 
 def compare_twins(bundle: Bundle, n: int, seed: int, progress: Any, batch: int = 8) -> Comparison:
     """Sample seeds seed..seed+n-1 with both networks of the bundle on this machine's best engine."""
-    latents: dict[NetworkName, np.ndarray] = {}
     paths: dict[NetworkName, np.ndarray] = {}
+    pictures: dict[NetworkName, np.ndarray] = {}
     seconds: dict[str, float] = {}
     sides: tuple[NetworkName, NetworkName] = ("twin", "denoiser")
     engine, runs_as = "", dict[str, str]()
@@ -45,13 +44,13 @@ def compare_twins(bundle: Bundle, n: int, seed: int, progress: Any, batch: int =
 
         with Pipeline(bundle, network=side, batch=min(batch, n)) as pipeline:
             begun = time.perf_counter()
-            latents[side] = pipeline.generate(range(seed, seed + n), on_step)
+            latents = pipeline.generate(range(seed, seed + n), on_step)
             seconds[side] = time.perf_counter() - begun
-            paths[side] = kept
+            paths[side], pictures[side] = kept, pipeline.pictures(latents)
             if side == "denoiser":
                 engine = pipeline.engine.name
                 runs_as = operator_precisions(pipeline.engine, bundle.manifest.operators)
     flat = {side: path.reshape(steps, n, -1) for side, path in paths.items()}
     drift = np.linalg.norm(flat["denoiser"] - flat["twin"], axis=2) / np.linalg.norm(flat["twin"], axis=2)
-    fp, quantized = to_uint8(latents["twin"]), to_uint8(latents["denoiser"])
+    fp, quantized = pictures["twin"], pictures["denoiser"]
     return Comparison(fp, quantized, psnr(fp, quantized), ssim(fp, quantized), drift, seconds, engine, runs_as)

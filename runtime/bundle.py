@@ -2,13 +2,14 @@
 
     manifest.json  plan.json  denoiser.onnx  twin.onnx  recipe.json  recipe.safetensors  report/
 
-`denoiser.onnx` is the quantized network, `twin.onnx` its full-precision twin. Engines are not part of it: they are
+`denoiser.onnx` is the quantized network, `twin.onnx` its full-precision twin; text-to-image models have
+`text_encoder.onnx` with `tokenizer.json`, latent ones `decoder.onnx` besides. Engines are not part of it: they are
 compiled from the graphs on the machine that runs them.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,7 +17,8 @@ from .errors import AccuQuantError
 from .files import sha256, write_text
 from .plan import SamplingPlan
 
-NetworkName = Literal["denoiser", "twin"]
+NetworkName = Literal["denoiser", "twin", "text_encoder", "decoder"]
+TOKENIZER = "tokenizer.json"
 IN_TABLE = "table"  # the container of weights whose results are stored for every timestep instead
 
 
@@ -52,8 +54,8 @@ class OperatorFacts(BaseModel):
         return self.weight_container == IN_TABLE
 
 
-class Conditioning(BaseModel):
-    """What a network takes beside latent and timestep: a class, int64 (B,) under the graph's name for it.
+class ByClass(BaseModel):
+    """A network that takes a class beside latent and timestep, int64 (B,) under the graph's name for it.
 
     `null` is the class that stands for none, which guidance needs; `guidance` is what calibration simulated, 1: none.
     """
@@ -65,6 +67,31 @@ class Conditioning(BaseModel):
     classes: int = Field(gt=0)
     null: int | None = None
     guidance: float = 1.0
+
+    @property
+    def can_be_guided(self) -> bool:
+        return self.null is not None
+
+
+class ByText(BaseModel):
+    """A network that takes a text's embedding, float32 (B, tokens, width); the empty text stands for none.
+
+    `examples` are what it is sampled under where nobody chose: the prompts of calibration and of the report.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["text"] = "text"
+    input: str = "context"
+    examples: tuple[str, ...] = Field(min_length=1)
+    guidance: float = 1.0
+
+    @property
+    def can_be_guided(self) -> bool:
+        return True
+
+
+Conditioning = Annotated[ByClass | ByText, Field(discriminator="kind")]
 
 
 class Manifest(BaseModel):
@@ -113,8 +140,12 @@ class Bundle:
         """
         if network not in self.manifest.networks:
             held = ", ".join(self.manifest.networks)
-            raise AccuQuantError(f"{self.folder} holds no {network} (it holds {held}); export again without --no-twin")
+            raise AccuQuantError(f"{self.folder} holds no {network} (it holds {held}); export it again")
         return self.folder / self.manifest.networks[network].graph
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / TOKENIZER
 
     def weight_bytes(self, network: NetworkName) -> int:
         """Size on disk of a network's graph and data."""
@@ -122,10 +153,11 @@ class Bundle:
 
 
 def describe(folder: Path, graphs: Mapping[NetworkName, str]) -> dict[NetworkName, NetworkFile]:
-    """NetworkFile of each graph just written into `folder`, external data included."""
+    """NetworkFile of each graph just written into `folder`, with external data and a text encoder's tokenizer."""
     described: dict[NetworkName, NetworkFile] = {}
     for network, graph in graphs.items():
         names = [graph] + [p.name for p in sorted(folder.glob(graph + ".data"))]
+        names += [TOKENIZER] if network == "text_encoder" else []
         described[network] = NetworkFile(files={name: sha256(folder / name) for name in names})
     return described
 

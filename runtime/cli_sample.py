@@ -12,7 +12,7 @@ from .console import bar, command, console, machine_facts
 from .engines.base import Rest
 from .errors import AccuQuantError
 from .files import atomic
-from .pictures import grid, to_uint8
+from .pictures import grid
 from .pipeline import Pipeline
 from .plan import SamplingPlan
 
@@ -28,6 +28,10 @@ def sample(
     classes: Annotated[
         str, typer.Option("--class", help="Of class-conditional models: one, or several with commas, in turn [all].")
     ] = "",
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", help="Of text-to-image models; several are taken in turn [its examples].")
+    ] = [],  # noqa: B006
+    negative: Annotated[str, typer.Option("--negative-prompt", help="What guidance leads away from.")] = "",
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 1 is none [what the bundle was calibrated for].")
     ] = None,
@@ -46,6 +50,7 @@ def sample(
     size = min(batch, n)
     other = SamplingPlan.load(plan) if plan else None
     wanted = _classes(classes, n)
+    texts = [prompt[i % len(prompt)] for i in range(n)] if prompt else None
     with Pipeline(
         opened, network=network, engine=engine, batch=size, threads=threads, rest=rest, plan=other, guidance=guidance
     ) as pipeline:
@@ -60,16 +65,20 @@ def sample(
                 chunks = -(-n // pipeline.batch)
                 show("sampling", first // pipeline.batch * steps + done, chunks * steps, "")
 
-            latents = pipeline.generate(range(seed, seed + n), on_step, classes=wanted)
+            latents = pipeline.generate(
+                range(seed, seed + n), on_step, classes=wanted, prompts=texts, unwanted=negative
+            )
+        if out.suffix != ".npy":
+            pictures = pipeline.pictures(latents)
         seconds = time.perf_counter() - begun
     if out.suffix == ".npy":
         with atomic(out) as part, part.open("wb") as file:
             np.save(file, latents)
     elif out.suffix == ".png":
         with atomic(out) as part:
-            grid(to_uint8(latents)).save(part, format="PNG")
+            grid(pictures).save(part, format="PNG")
     else:
-        for s, picture in zip(range(seed, seed + n), to_uint8(latents), strict=True):
+        for s, picture in zip(range(seed, seed + n), pictures, strict=True):
             with atomic(out / f"{s:08d}.png") as part:
                 grid(picture[None], scale=1, gap=0).save(part, format="PNG")
     facts = machine_facts()

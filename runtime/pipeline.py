@@ -3,12 +3,15 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from . import noise
 from .bundle import Bundle, NetworkName
-from .denoiser import Denoiser, check_guidance, engine_batch
+from .conditions import check_guidance, open_conditions
+from .decoder import Decoder
+from .denoiser import Denoiser, engine_batch
 from .engines import open_engine
 from .engines.base import EngineOptions, Rest
 from .errors import AccuQuantError
@@ -52,32 +55,72 @@ class Pipeline:
         check_guidance(known, guidance)
         options = EngineOptions(engine_batch(batch, guidance), threads, rest)
         self.engine = open_engine(self.bundle.graph(network), options, engine, manifest.target)
-        self.denoiser = Denoiser(self.engine, batch, known, guidance)
+        self.denoiser = Denoiser(self.engine, batch, guidance)
+        self.conditions = open_conditions(self.bundle, engine, threads)
+        self._decoder = Decoder(self.bundle, engine, batch, threads)
 
     def generate(
-        self, seeds: Sequence[int], on_step: OnStep | None = None, *, classes: Sequence[int] | None = None
+        self,
+        seeds: Sequence[int],
+        on_step: OnStep | None = None,
+        *,
+        classes: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        unwanted: str = "",
     ) -> np.ndarray:
         """Final latents, float32 (len(seeds), C, H, W), in the order of `seeds`.
 
-        `classes` holds one for every seed; without it, seed s of a class-conditional network is of class s mod classes.
+        `classes` or `prompts` holds one for every seed, whichever the network takes; without it seed s is sampled under
+        class s mod classes, or the bundle's example s mod examples. `unwanted` is a negative prompt for all.
 
         Raises:
-            AccuQuantError: a seed or class out of range, or values that are not finite; names the step.
+            AccuQuantError: a seed or class out of range, a condition of the other kind, or values that are not finite;
+                names the step.
         """
         wrong = [s for s in seeds if not 0 <= s < 2**64]
         if wrong:
             raise AccuQuantError(f"seed {wrong[0]} is out of range; seeds are whole numbers from 0 to 2^64 - 1")
-        if classes is not None and len(classes) != len(seeds):
-            raise AccuQuantError(f"{len(classes)} classes for {len(seeds)} seeds; give one for each")
+        condition, free = self._condition(seeds, classes, prompts, unwanted)
         results = []
         for first in range(0, len(seeds), self.batch):
             last = min(first + self.batch, len(seeds)) - 1
             # The engine's batch is fixed, so a short last chunk is filled up and cut off again.
             rows = [min(i, last) for i in range(first, first + self.batch)]
             chosen = [seeds[i] for i in rows]
-            self.denoiser.under(chosen, None if classes is None else [classes[i] for i in rows])
+            if self.conditions is not None and condition is not None:
+                self.denoiser.under(self.conditions.name, condition[rows], free)
             results.append(self._sample(chosen, first, on_step)[: last + 1 - first])
         return np.concatenate(results)
+
+    def pictures(self, latents: np.ndarray) -> np.ndarray:
+        """Final latents as pixels: uint8 (N, H, W, channels)."""
+        return self._decoder(latents)
+
+    def _condition(
+        self,
+        seeds: Sequence[int],
+        classes: Sequence[int] | None,
+        prompts: Sequence[str] | None,
+        unwanted: str,
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """A row of the condition for every seed, and the one that stands for none."""
+        asked: dict[str, Sequence[Any]] = {}
+        takes = "no condition" if self.conditions is None else self.conditions.takes
+        for kind, given in (("classes", classes), ("prompts", prompts)):
+            if given is None:
+                continue
+            if kind != takes:
+                raise AccuQuantError(f"{kind} were asked and the network takes {takes}; leave them out")
+            if len(given) != len(seeds):
+                raise AccuQuantError(f"{len(given)} {kind} for {len(seeds)} seeds; give one for each")
+            asked[kind] = given
+        guided = self.denoiser.guidance != 1.0
+        if unwanted and not guided:
+            raise AccuQuantError("a negative prompt takes effect through guidance; give a guidance above 1 with it")
+        if self.conditions is None:
+            return None, None
+        rows = self.conditions.rows(asked.get(takes, self.conditions.wishes(seeds)))
+        return rows, self.conditions.free(unwanted) if guided else None
 
     def _sample(self, seeds: Sequence[int], first: int, on_step: OnStep | None) -> np.ndarray:
         def after(i: int, x: np.ndarray) -> None:
@@ -96,6 +139,9 @@ class Pipeline:
 
     def close(self) -> None:
         self.engine.close()
+        self._decoder.close()
+        if self.conditions is not None:
+            self.conditions.close()
 
     def __enter__(self) -> "Pipeline":
         return self

@@ -38,7 +38,7 @@ def step_times(bundle: Bundle, network: NetworkName, engine: str, options: Engin
     opened = open_engine(bundle.graph(network), replace(options, profile=True), engine, bundle.manifest.target)
     x = noise.batch(range(options.batch), -1, bundle.manifest.sample_shape)
     try:
-        fed = Denoiser(opened, options.batch, bundle.manifest.conditioning).feed(x, bundle.plan.steps[0].timestep)
+        fed = Denoiser(opened, options.batch).feed(x, bundle.plan.steps[0].timestep)
         runs = []
         for i in range(-3, repeats):
             opened.run(fed)

@@ -23,7 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from ...runtime.bundle import Conditioning
+from ...runtime.bundle import ByClass
 from ...runtime.errors import AccuQuantError
 from ..checkpoint import load_weights
 from ..model import DiffusionModel
@@ -123,7 +123,7 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
         default_sampler="ddim",
         default_steps=50,
         # None of the classes stands for none: these models were guided by a classifier.
-        conditioning=Conditioning(classes=classes) if classes else None,
+        conditioning=ByClass(classes=classes) if classes else None,
     )
 
 

@@ -16,11 +16,11 @@ from accuquant.calibrate.trajectory import simulate
 from accuquant.export import build as building
 from accuquant.export.compare import compare
 from accuquant.runtime import cli_bench, cli_sample
-from accuquant.runtime.bundle import Conditioning
+from accuquant.runtime.bundle import ByClass
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.pipeline import Pipeline
 
-GUIDED = Conditioning(classes=4, null=3, guidance=2.5)
+GUIDED = ByClass(classes=4, null=3, guidance=2.5)
 
 
 def loaded(path, config=None):

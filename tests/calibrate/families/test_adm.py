@@ -13,7 +13,7 @@ from accuquant.calibrate.layers import quantize_operators
 from accuquant.calibrate.model import quantize
 from accuquant.calibrate.scheme import QuantScheme
 from accuquant.export.graph import operator_nodes, trace_float
-from accuquant.runtime.bundle import Conditioning
+from accuquant.runtime.bundle import ByClass
 from accuquant.runtime.errors import AccuQuantError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_adm.json").read_text())["cases"]
@@ -113,7 +113,7 @@ def test_a_file_without_its_flags_says_what_is_missing(formula, tmp_path):
 def test_a_class_conditional_model_says_so_and_cannot_be_guided(formula, tmp_path):
     model = load_model(checkpoint(tmp_path, formula, GOLDEN["five classes"]))
     assert "5 classes" in model.found
-    assert model.conditioning == Conditioning(classes=5)
+    assert model.conditioning == ByClass(classes=5)
     assert model.condition([3, 4, 5])["y"].tolist() == [3, 4, 0]
     with pytest.raises(AccuQuantError, match="no class that stands for none"):
         model.guided(2.0)

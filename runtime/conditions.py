@@ -1,0 +1,127 @@
+"""What samples are sampled under: classes or prompts in, rows of the network's condition input out.
+
+A row depends on the class or prompt alone. Where nobody chose, a seed has one of its own, so that a bundle can be
+sampled, measured and compared without further ado.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .bundle import Bundle, ByClass, ByText, Conditioning
+from .engines import open_engine
+from .engines.base import EngineOptions
+from .errors import AccuQuantError
+from .tokenizer import Tokenizer
+
+REMEMBERED = 256  # texts; a served model sees the same negative prompt again and again
+
+
+def classes_of(seeds: Sequence[int], classes: int) -> list[int]:
+    """The class of every seed that nobody chose one for."""
+    return [seed % classes for seed in seeds]
+
+
+def prompts_of(seeds: Sequence[int], examples: Sequence[str]) -> list[str]:
+    """The prompt of every seed that nobody wrote one for."""
+    return [examples[seed % len(examples)] for seed in seeds]
+
+
+def check_guidance(known: Conditioning | None, guidance: float) -> None:
+    """Raises AccuQuantError if a network cannot be guided by that much."""
+    if not np.isfinite(guidance) or guidance < 0:
+        raise AccuQuantError(f"guidance {guidance:g} is out of range; 1 is none, models are used with 1.5 to 8")
+    if guidance != 1.0 and (known is None or not known.can_be_guided):
+        why = "takes no condition" if known is None else "has no class that stands for none"
+        raise AccuQuantError(f"guidance {guidance:g} was asked and the network {why}; leave guidance out")
+
+
+class Conditions(ABC):
+    """A network's condition input: `rows` for what is wanted, `free` for none; wishes are classes or prompts."""
+
+    takes: ClassVar[str]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @abstractmethod
+    def wishes(self, seeds: Sequence[int]) -> list[Any]:
+        """What each seed is sampled under where nobody chose."""
+
+    @abstractmethod
+    def rows(self, wishes: Sequence[Any]) -> np.ndarray:
+        """(len(wishes), ...); raises AccuQuantError if the network does not know one of them."""
+
+    @abstractmethod
+    def free(self, unwanted: str = "") -> np.ndarray:
+        """One row (...) that stands for none, or for what is unwanted."""
+
+    def close(self) -> None:  # noqa: B027 (most hold nothing)
+        """Free what it holds."""
+
+
+class Classes(Conditions):
+    """Class-conditional networks."""
+
+    takes = "classes"
+
+    def __init__(self, known: ByClass) -> None:
+        super().__init__(known.input)
+        self._known = known
+
+    def wishes(self, seeds: Sequence[int]) -> list[int]:
+        return classes_of(seeds, self._known.classes)
+
+    def rows(self, wishes: Sequence[int]) -> np.ndarray:
+        for wish in wishes:
+            if not 0 <= wish < self._known.classes:
+                raise AccuQuantError(f"class {wish} is out of range; the network knows 0 to {self._known.classes - 1}")
+        return np.array(wishes, np.int64)
+
+    def free(self, unwanted: str = "") -> np.ndarray:
+        if unwanted:
+            raise AccuQuantError("a network of classes takes no negative prompt; leave it out")
+        return np.array(self._known.null, np.int64)
+
+
+class Prompts(Conditions):
+    """Text-to-image networks; every text goes through the bundle's text encoder by itself, once."""
+
+    takes = "prompts"
+
+    def __init__(self, bundle: Bundle, known: ByText, engine: str, threads: int) -> None:
+        super().__init__(known.input)
+        self._known = known
+        self._tokenizer = Tokenizer(bundle.tokenizer.read_text(), str(bundle.tokenizer))
+        options, target = EngineOptions(1, threads), bundle.manifest.target
+        self._encoder = open_engine(bundle.graph("text_encoder"), options, engine, target)
+        self._encoded: dict[str, np.ndarray] = {}
+
+    def wishes(self, seeds: Sequence[int]) -> list[str]:
+        return prompts_of(seeds, self._known.examples)
+
+    def rows(self, wishes: Sequence[str]) -> np.ndarray:
+        unknown = dict.fromkeys(text for text in wishes if text not in self._encoded)
+        for text, tokens in zip(unknown, self._tokenizer(list(unknown)), strict=True):
+            self._encoded[text] = self._encoder.run({"tokens": tokens[None]})[0].copy()
+        rows = np.stack([self._encoded[text] for text in wishes])
+        while len(self._encoded) > REMEMBERED:
+            del self._encoded[next(iter(self._encoded))]
+        return rows
+
+    def free(self, unwanted: str = "") -> np.ndarray:
+        row: np.ndarray = self.rows([unwanted])[0]
+        return row
+
+    def close(self) -> None:
+        self._encoder.close()
+
+
+def open_conditions(bundle: Bundle, engine: str = "auto", threads: int = 0) -> "Conditions | None":
+    """Those of a bundle's network; None if it takes nothing beside latent and timestep."""
+    known = bundle.manifest.conditioning
+    if isinstance(known, ByText):
+        return Prompts(bundle, known, engine, threads)
+    return None if known is None else Classes(known)
