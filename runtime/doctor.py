@@ -4,7 +4,7 @@ import ctypes.util
 from dataclasses import dataclass
 from importlib import metadata
 
-from .engines import ENGINES, EXTRAS, GPU_ENGINES, available, rests
+from .engines import ENGINES, EXTRAS, GPU_ENGINES, MODULES, available, has_library, rests
 from .engines.compile_plan import LIBRARIES
 from .engines.cuda import gpu
 
@@ -40,8 +40,9 @@ def _on_cpu(name: str, instructions: str) -> Finding:
 
 
 def _on_gpu(name: str) -> Finding:
-    library, driver = LIBRARIES[name.replace("-", "_")], ctypes.util.find_library("cuda")
-    version, device = _version(library.packages), gpu()
+    packages = LIBRARIES[MODULES[name]].packages if name in MODULES else ("onnxruntime-gpu",)
+    version, device = _version(packages) if has_library(name) else None, gpu()
+    driver = ctypes.util.find_library("cuda")
     if version is None:
         advice = f"pip install 'accuquant[{EXTRAS[name]}]'" + ("" if driver else "; no NVIDIA driver is here to run it")
         return Finding(name, None, "-", advice)
@@ -49,7 +50,8 @@ def _on_gpu(name: str) -> Finding:
     if device is None:
         missing = "no GPU that CUDA can use" if driver else "no NVIDIA driver"
         return Finding(name, version, ahead, f"{missing} is here to run plans")
-    return Finding(name, version, f"int8, int4, fp8, float16 on {device}", "of bundles made for it (--target tensorrt)")
+    kinds = "float32, float16" if name == "onnxruntime-cuda" else "int8, int4, fp8, float16"
+    return Finding(name, version, f"{kinds} on {device}", "of bundles made for it (--target tensorrt)")
 
 
 def _version(packages: tuple[str, ...]) -> str | None:

@@ -33,19 +33,55 @@ def _tensorrt_rtx() -> type[Engine]:
     return TensorRTRTXEngine
 
 
+def _onnxruntime_cuda() -> type[Engine]:
+    from .onnxruntime import OnnxRuntimeCudaEngine
+
+    return OnnxRuntimeCudaEngine
+
+
+def _onnxruntime_tensorrt() -> type[Engine]:
+    from .onnxruntime import OnnxRuntimeTensorRTEngine
+
+    return OnnxRuntimeTensorRTEngine
+
+
 # Order is preference: OpenVINO runs our Q/DQ graphs wholly in int8, ONNX Runtime only those made for it.
 ENGINES: dict[str, Callable[[], type[Engine]]] = {"openvino": _openvino, "onnxruntime": _onnxruntime}
 # Those of graphs for TensorRT. The one that measures its kernels on the GPU comes before the one that does not.
-GPU_ENGINES: dict[str, Callable[[], type[Engine]]] = {"tensorrt": _tensorrt, "tensorrt-rtx": _tensorrt_rtx}
+GPU_ENGINES: dict[str, Callable[[], type[Engine]]] = {
+    "tensorrt": _tensorrt,
+    "tensorrt-rtx": _tensorrt_rtx,
+    "onnxruntime-tensorrt": _onnxruntime_tensorrt,
+    "onnxruntime-cuda": _onnxruntime_cuda,
+}
 ALL = ENGINES | GPU_ENGINES
-EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+# What is imported for each of them, the extra that installs it, and the provider that onnxruntime must have.
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+EXTRAS = {
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "rtx",
+    "onnxruntime-tensorrt": "tensorrt",
+    "onnxruntime-cuda": "tensorrt",
+}
+PROVIDERS = {"onnxruntime-tensorrt": "TensorrtExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 
 
 def available() -> list[str]:
     """Engines that can run here, best first: those for CPUs whose library is installed; if there is a GPU, its own."""
     here = [name for name in ENGINES if importlib.util.find_spec(name) is not None]
-    on_gpu = [name for name in GPU_ENGINES if importlib.util.find_spec(name.replace("-", "_")) is not None]
+    on_gpu = [name for name in GPU_ENGINES if has_library(name)]
     return here + (on_gpu if on_gpu and gpu() else [])
+
+
+def has_library(name: str) -> bool:
+    """Is a GPU engine's library installed, with all that the engine needs of it?"""
+    if importlib.util.find_spec(MODULES.get(name, "onnxruntime")) is None:
+        return False
+    if name not in PROVIDERS:
+        return True
+    import onnxruntime
+
+    return PROVIDERS[name] in onnxruntime.get_available_providers()
 
 
 def open_engine(path: Path, options: EngineOptions, name: str = "auto", target: str = "") -> Engine:

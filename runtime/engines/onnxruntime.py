@@ -2,6 +2,9 @@
 
 `exact=True` turns every graph optimisation off, so that each Q, DQ and operator runs as the standard defines it: that
 is what simulations are held against. Of a graph that was made for other targets it fuses little into integer kernels.
+
+Its providers for NVIDIA GPUs are engines too, where onnxruntime-gpu has them: graphs for TensorRT on the TensorRT that
+it loads itself, and any graph on CUDA, in float mostly. Not run on a GPU.
 """
 
 import json
@@ -9,12 +12,13 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime as ort
 
 from ..errors import AccuQuantError
+from ..files import cache_folder
 from .base import Engine, EngineOptions, Kernel, Port
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -30,9 +34,13 @@ _COPY = re.compile(r"(_token_\d+)+$")  # the optimiser's mark on nodes it made a
 class OnnxRuntimeEngine(Engine):
     """A graph run by ONNX Runtime's CPU provider at a fixed batch."""
 
+    provider: ClassVar[str] = "CPUExecutionProvider"
+    settings: ClassVar[Mapping[str, Any]] = {}
+
     def __init__(self, path: Path, options: EngineOptions, exact: bool = False) -> None:
         super().__init__(path, options)
-        self.name = f"ONNX Runtime {ort.__version__} CPU" + (" (unoptimised reference)" if exact else "")
+        where = self.provider.removesuffix("ExecutionProvider")
+        self.name = f"ONNX Runtime {ort.__version__} {where}" + (" (unoptimised reference)" if exact else "")
         self._exact = exact
         self._session: Any = self._open(ort.SessionOptions())
         self.inputs = tuple(_port(p, options.batch) for p in self._session.get_inputs())
@@ -45,14 +53,17 @@ class OnnxRuntimeEngine(Engine):
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         quantized = b"QuantizeLinear" in self.path.read_bytes()
         try:
-            return ort.InferenceSession(
+            session = ort.InferenceSession(
                 self.path,
                 settings,
-                providers=["CPUExecutionProvider"],
+                providers=[(self.provider, dict(self.settings))],
                 disabled_optimizers=KEPT_APART if quantized else None,
             )
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise AccuQuantError(f"{self.path} cannot be read by {self.name}: {error}") from error
+        if session.get_providers()[0] != self.provider:  # it would go on with another, a hundred times slower
+            raise AccuQuantError(f"{self.name} does not start on this machine; see accuquant-doctor")
+        return session
 
     def _infer(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         return self._session.run(None, dict(inputs))  # type: ignore[no-any-return]
@@ -70,6 +81,26 @@ class OnnxRuntimeEngine(Engine):
 
     def close(self) -> None:
         self._session = None
+
+
+class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
+    """On an NVIDIA GPU by the CUDA provider."""
+
+    provider = "CUDAExecutionProvider"
+
+
+class OnnxRuntimeTensorRTEngine(OnnxRuntimeEngine):
+    """On an NVIDIA GPU by the TensorRT provider, which keeps its engines by itself."""
+
+    provider = "TensorrtExecutionProvider"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:  # type: ignore[override]
+        folder = str(cache_folder() / "onnxruntime-tensorrt")
+        return {
+            "trt_int8_enable": True, "trt_fp16_enable": True,  # explicit Q/DQ needs the permission too
+            "trt_engine_cache_enable": True, "trt_engine_cache_path": folder,
+        }  # fmt: skip
 
 
 def _kernel(event: dict[str, Any]) -> Kernel:

@@ -4,7 +4,7 @@ import importlib
 
 import numpy as np
 import pytest
-from accuquant.runtime.engines import ENGINES, available, open_engine, rests
+from accuquant.runtime.engines import ALL, ENGINES, available, open_engine, rests
 from accuquant.runtime.engines.base import EngineOptions
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.inspection import operator_precisions
@@ -105,3 +105,23 @@ def test_damaged_graph_is_one_sentence(tmp_path, name):
     path.write_bytes(b"this is no graph")
     with pytest.raises(AccuQuantError, match=r"broken\.onnx"):
         open_engine(path, EngineOptions(), name)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
+def test_onnx_runtimes_gpu_providers_never_fall_back_to_the_cpu_unsaid(tiny_bundle, name, monkeypatch):
+    """onnxruntime would warn, and sample on the CPU under the GPU's name."""
+    assert name not in available()
+    with pytest.raises(AccuQuantError, match=r"needs an NVIDIA GPU .*accuquant\[tensorrt\]"):
+        open_engine(tiny_bundle.graph("denoiser"), EngineOptions(), name)
+    with pytest.raises(AccuQuantError, match="does not start on this machine"):
+        ALL[name]()(tiny_bundle.graph("denoiser"), EngineOptions())
+
+
+def test_onnx_runtimes_gpu_providers_are_engines_where_they_are(monkeypatch):
+    monkeypatch.setattr(
+        "onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    assert "onnxruntime-cuda" not in available()
+    monkeypatch.setattr("accuquant.runtime.engines.gpu", lambda: "NVIDIA L4 (sm89)")
+    assert "onnxruntime-cuda" in available()
+    assert "onnxruntime-tensorrt" not in available()
