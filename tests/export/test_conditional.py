@@ -2,14 +2,12 @@
 
 import json
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from accuquant.calibrate.families import load_model
-from accuquant.calibrate.families.adm_unet import AdmConfig, AdmUNet
+from accuquant.calibrate.families.dit_net import DiT, DitConfig
 from accuquant.calibrate.scheme import QuantScheme
 from accuquant.calibrate.spec import PRESETS, CalibrationSpec
 from accuquant.calibrate.trajectory import simulate
@@ -20,33 +18,22 @@ from accuquant.runtime.bundle import ByClass
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.pipeline import Pipeline
 
-GUIDED = ByClass(classes=4, null=3, guidance=2.5)
-
-
-def loaded(path, config=None):
-    """As a family with a class for none loads it; none that is small enough for a test has one yet."""
-    return replace(load_model(path, config), conditioning=GUIDED)
+GUIDED = ByClass(classes=4, null=4, guidance=2.5)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
+    """A DiT with weights of unit gain, so that its predictions are about as large as noise."""
     folder = tmp_path_factory.mktemp("classes")
-    network = AdmUNet(AdmConfig(1, 1, 32, (1, 2), 1, (1,), heads=2, classes=4))
+    network = DiT(DitConfig(size=8, patch=2, channels=1, width=32, depth=2, heads=2, hidden=64, classes=4))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in network.named_parameters():
-            if p.ndim > 1:
-                p.normal_(0.0, p[0].numel() ** -0.5, generator=generator)
-            elif not name.endswith("weight"):
-                p.normal_(0.0, 0.1, generator=generator)
-        network.label_emb.weight.normal_(0.0, 1.0, generator=generator)
-        network.out[2].weight.mul_(0.2)  # an untrained network, guided, would make latents without bound
-    state = network.state_dict()
-    for name in [k for k in state if k.endswith((".qkv.weight", ".proj_out.weight"))]:
-        state[name] = state[name][..., 0]
-    torch.save(state, folder / "classes.pt")
-    flags = {"image_size": 8, "num_heads": 2, "diffusion_steps": 100, "use_new_attention_order": True}
-    (folder / "classes.yml").write_text(yaml.safe_dump(flags))
+            gain = 0.3 if name.startswith(("final_layer", "blocks")) and "adaLN" in name else 1.0
+            p.normal_(0.0, gain * p[0].numel() ** -0.5 if p.ndim > 1 else 0.1, generator=generator)
+        network.final_layer.linear.weight.mul_(0.3)  # untrained and guided, it would make latents without bound
+    torch.save(network.state_dict(), folder / "classes.pt")
+    (folder / "classes.yml").write_text("num_heads: 2")
     return folder / "classes.pt"
 
 
@@ -59,10 +46,9 @@ def bundle(checkpoint, tmp_path_factory):
         spec=CalibrationSpec(**PRESETS["smoke"]),
         steps=4,
         pictures=8,
+        guidance=2.5,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "load_model", loaded)
-        return building.build(request, building.prepare(request), lambda *_: None).bundle
+    return building.build(request, building.prepare(request), lambda *_: None).bundle
 
 
 def test_the_bundle_says_what_it_takes(bundle):
@@ -73,7 +59,7 @@ def test_the_bundle_says_what_it_takes(bundle):
 @pytest.mark.parametrize("guidance", [None, 1.0, 4.0])
 def test_the_twin_on_the_engine_is_torch_under_the_same_classes_and_guidance(bundle, checkpoint, guidance):
     """1e-3 on latents of order 1: float32 in another order, amplified by four steps and the guidance."""
-    model = loaded(checkpoint)
+    model = load_model(checkpoint)
     network = model.guided(GUIDED.guidance if guidance is None else guidance)
     seeds = range(5)
     expected = simulate(network, bundle.plan, seeds, model.sample_shape, model.condition(seeds)).states[-1]
