@@ -13,7 +13,7 @@ from torch import Tensor
 from ...runtime.errors import AccuQuantError
 from ..checkpoint import read_checkpoint
 from ..model import DiffusionModel
-from . import adm, consistency, ddim, dit
+from . import adm, consistency, ddim, dit, ldm
 
 StateDict = Mapping[str, Tensor]
 
@@ -26,7 +26,7 @@ class Family(Protocol):
     def load(self, state: StateDict, path: Path, config: Path | None) -> DiffusionModel: ...
 
 
-FAMILIES: tuple[Family, ...] = (ddim, adm, dit, consistency)
+FAMILIES: tuple[Family, ...] = (ddim, adm, dit, ldm, consistency)
 
 
 def load_model(path: Path, config: Path | None = None) -> DiffusionModel:

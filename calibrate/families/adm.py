@@ -184,7 +184,7 @@ def shape_from_keys(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
             "model_channels": model_channels,
             "channel_mult": tuple(w / model_channels for w in widths),
             "num_res_blocks": per_level - 1,
-            "attention": tuple(i for i, n in enumerate(first) if f"output_blocks.{n}.1.qkv.weight" in state),
+            "attention": tuple(i for i, n in enumerate(first) if f"output_blocks.{n}.1.norm.weight" in state),
             "resblock_updown": not ends or upsampler(ends[0]) == "block",
             "scale_shift_norm": embedding == 2 * state["middle_block.0.out_layers.3.weight"].shape[0],
         }

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import MatMul
+from .spatial_transformer import SpatialTransformer
 
 GROUPS = 32
 
@@ -26,7 +27,8 @@ GROUPS = 32
 class AdmConfig:
     """Shape of the network. `attention` holds levels, counted from full resolution; heads have `head_channels` each.
 
-    `heads` fixes the number of heads instead, at every level.
+    `heads` fixes the number of heads instead, at every level. With a `context` of that width, attention is a spatial
+    transformer of `depth` blocks (spatial_transformer.py), as latent diffusion has it.
     """
 
     in_channels: int
@@ -40,6 +42,9 @@ class AdmConfig:
     resblock_updown: bool = True
     scale_shift_norm: bool = True
     classes: int | None = None
+    context: int | None = None
+    depth: int = 1
+    linear_projection: bool = False
 
     def width(self, level: int) -> int:
         return int(self.channel_mult[level] * self.model_channels)
@@ -141,16 +146,19 @@ class Upsample(nn.Module):
 class Stage(nn.ModuleList):
     """One entry of the original's input or output blocks: modules in a row, of which residual blocks see the time."""
 
-    def run(self, h: Tensor, emb: Tensor) -> Tensor:
+    def run(self, h: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         for module in self:
-            h = module(h, emb) if isinstance(module, ResBlock) else module(h)
+            if isinstance(module, ResBlock):
+                h = module(h, emb)
+            else:
+                h = module(h, context) if isinstance(module, SpatialTransformer) else module(h)
         return h
 
 
 class AdmUNet(nn.Module):
     """The denoiser: x (B, in_channels, H, W) float32, t (B,) float32 to (B, out_channels, H, W).
 
-    With `classes` also y (B,) int64, whose embedding is added to the timestep's.
+    With `classes` also y (B,) int64, whose embedding is added to the timestep's; with a context that, (B, T, width).
     """
 
     def __init__(self, config: AdmConfig) -> None:
@@ -164,8 +172,11 @@ class AdmUNet(nn.Module):
         def block(channels_in: int, channels_out: int, factor: float | None = None) -> ResBlock:
             return ResBlock(channels_in, channels_out, temb, config.scale_shift_norm, factor)
 
-        def attend(channels: int) -> Attention:
-            return Attention(channels, config.heads_of(channels))
+        def attend(channels: int) -> nn.Module:
+            heads = config.heads_of(channels)
+            if config.context is None:
+                return Attention(channels, heads)
+            return SpatialTransformer(channels, config.context, heads, config.depth, config.linear_projection)
 
         h = config.width(0)
         self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(config.in_channels, h, 3, padding=1)])])
@@ -196,15 +207,15 @@ class AdmUNet(nn.Module):
                 self.output_blocks.append(stage)
         self.out = nn.Sequential(nn.GroupNorm(GROUPS, h), nn.SiLU(), nn.Conv2d(h, config.out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels))
         if y is not None:
             emb = emb + self.label_emb(y)
         h, skips = x, []
         for stage in cast(list[Stage], list(self.input_blocks)):
-            h = stage.run(h, emb)
+            h = stage.run(h, emb, context)
             skips.append(h)
-        h = self.middle_block.run(h, emb)
+        h = self.middle_block.run(h, emb, context)
         for stage in cast(list[Stage], list(self.output_blocks)):
-            h = stage.run(torch.cat([h, skips.pop()], dim=1), emb)
+            h = stage.run(torch.cat([h, skips.pop()], dim=1), emb, context)
         return cast(Tensor, self.out(h))
