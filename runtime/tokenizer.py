@@ -23,7 +23,8 @@ class Tokenizer:
         length = padding and padding.get("length")
         if not length or truncation is None or truncation["max_length"] != length:
             raise AccuQuantError(f"{where} does not pad and truncate to one length, which its text encoder needs")
-        self.length = int(length)
+        self.length, self.size = int(length), self._library.get_vocab_size()
+        self.size = self._library.get_vocab_size()
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Tokens, int64 (len(texts), length)."""

@@ -1,9 +1,9 @@
 """Latent diffusion in CompVis's layout: `.ckpt` or `.safetensors` in, DiffusionModel with its decoder out.
 
 One file holds the denoiser (`model.diffusion_model.*`, its EMA copy as `model_ema.*` with the dots removed), the first
-stage and, of class-conditional models, the embedding of classes; EMA weights are taken where they are. What the keys do
-not say (the latent's size, the noise schedule, how attention is cut into heads) is known for published models, and is
-read from the repository's own YAML beside the checkpoint (or `--config`) for others:
+stage and, of conditional models, the embedding of classes or the text encoder; EMA weights are taken where they are.
+What the keys do not say (the latent's size, the noise schedule, how attention is cut into heads) is known for published
+models, and is read from the repository's own YAML beside the checkpoint (or `--config`) for others:
 
     model:
       params:
@@ -12,6 +12,7 @@ read from the repository's own YAML beside the checkpoint (or `--config`) for ot
         image_size: 64
         scale_factor: 1.0
         unet_config: {params: {num_head_channels: 32}}       # or num_heads
+    prompts: [a red apple, a blue heart]     # an entry of our own, for models of text: what to calibrate with
 """
 
 import re
@@ -23,12 +24,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from ...runtime.bundle import ByClass
+from ...runtime.bundle import ByClass, ByText, Conditioning
 from ...runtime.errors import AccuQuantError
 from ..checkpoint import load_weights
-from ..model import DiffusionModel
+from ..model import DiffusionModel, TextEncoder
 from ..scheme import Role
-from . import adm
+from . import adm, bert_text
 from .adm_unet import AdmConfig, AdmUNet
 from .first_stage import load_decoder
 
@@ -36,6 +37,7 @@ NAME = "CompVis latent diffusion"
 UNET, EMA, FIRST_STAGE = "model.diffusion_model.", "model_ema.", "first_stage_model."
 CLASSES = "cond_stage_model.embedding.weight"
 GUIDANCE = 3.0  # of the original's notebook for ImageNet
+TEXT_GUIDANCE = 5.0  # of its text-to-image script
 
 
 class Facts(BaseModel):
@@ -51,6 +53,7 @@ class Facts(BaseModel):
     scale_factor: float = 1.0
     num_heads: int = -1
     num_head_channels: int = -1
+    prompts: tuple[str, ...] = ()
 
 
 def _published(size: int, end: float, **heads: int) -> Facts:
@@ -65,6 +68,16 @@ PUBLISHED: Mapping[tuple[int, tuple[float, ...], int | None], tuple[str, Facts]]
 }
 
 
+# What a model of text is calibrated with where its YAML names nothing.
+PROMPTS = (
+    "a red apple on a wooden table", "a portrait of an old man with a beard", "a city street at night in the rain",
+    "a small house by a lake in autumn", "an oil painting of a sailing ship", "two dogs playing on a beach",
+    "a bowl of soup with vegetables", "a castle on a hill at sunrise", "a yellow car in front of a brick wall",
+    "a close-up photograph of a flower", "an astronaut riding a horse", "a bookshelf full of old books",
+    "a cat sleeping on a sofa", "snowy mountains under a blue sky", "a drawing of a bicycle", "people in a busy market",
+)  # fmt: skip
+
+
 def recognise(stored: Any) -> dict[str, Tensor] | None:
     """The state dict, if `stored` is of this layout."""
     if isinstance(stored, Mapping) and isinstance(stored.get("state_dict"), Mapping):
@@ -75,10 +88,21 @@ def recognise(stored: Any) -> dict[str, Tensor] | None:
     return state if f"{UNET}input_blocks.0.0.weight" in state and f"{UNET}out.2.weight" in state else None
 
 
+class ByContext(nn.Module):
+    """A U-Net under a context (B, T, width), such as a text's."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return cast(Tensor, self.unet(x, t, context=context))
+
+
 class ByClassContext(nn.Module):
     """A U-Net whose context is the embedding of a class: y (B,) int64 becomes one token."""
 
-    def __init__(self, unet: AdmUNet, classes: int, width: int) -> None:
+    def __init__(self, unet: nn.Module, classes: int, width: int) -> None:
         super().__init__()
         self.unet, self.embedding = unet, nn.Embedding(classes, width)
 
@@ -90,19 +114,14 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
     """Build the networks that the keys describe and load them strictly.
 
     Raises:
-        AccuQuantError: no configuration, one that contradicts the keys, a condition that is no class, or weights
-            missing, left over or not finite.
+        AccuQuantError: no configuration, one that contradicts the keys, a condition that nothing in the file makes, a
+            text encoder without its tokenizer, or weights missing, left over or not finite.
     """
     unet, averaged = _unet(state)
     shape = adm.shape_from_keys(unet, path)
     context = next((v.shape[1] for k, v in unet.items() if k.endswith("transformer_blocks.0.attn2.to_k.weight")), None)
     if "label_emb.0.0.weight" in unet:
         raise AccuQuantError(f"{path}: a U-Net with pooled text (SDXL) is not supported yet")
-    if context is not None and CLASSES not in state:
-        raise AccuQuantError(
-            f"{path}: the U-Net reads a context of width {context} and the file embeds no classes; models of text "
-            "are not supported yet"
-        )
     facts, source = _facts(path, config, shape, context)
     channels = unet["input_blocks.0.0.weight"].shape[1]
     if len(unet["out.2.weight"]) != channels:
@@ -120,21 +139,13 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
         linear_projection=next((v.ndim == 2 for k, v in unet.items() if k.endswith(".proj_in.weight")), False),
     )
     _check(made, facts, source)
-    own = AdmUNet(made)
-    network: nn.Module = own
-    weights, conditioning, kinds = _sorted(unet, made), None, ""
-    if context is not None:
-        table = state[CLASSES]
-        network = ByClassContext(own, len(table), context)
-        weights = {f"unet.{k}": v for k, v in weights.items()} | {"embedding.weight": table}
-        # The last one was put in the place of classes that were dropped in training.
-        conditioning = ByClass(classes=len(table) - 1, null=len(table) - 1, guidance=GUIDANCE)
-        kinds = f", {len(table) - 1} classes"
+    network, weights, conditioning, text = _conditioned(AdmUNet(made), _sorted(unet, made), state, facts, path)
     load_weights(network, weights, path)
     first_stage = {k.removeprefix(FIRST_STAGE): v for k, v in state.items() if k.startswith(FIRST_STAGE)}
     scale = float(state["scale_factor"]) if "scale_factor" in state else facts.scale_factor
     millions, size = sum(p.numel() for p in network.parameters()) / 1e6, facts.image_size
     ema = " (EMA)" if averaged else ""
+    kinds = f", {conditioning.classes} classes" if isinstance(conditioning, ByClass) else ", of text" if text else ""
     return DiffusionModel(
         family="ldm",
         found=f"{NAME}, {millions:.2f} M parameters{ema}, latent {channels}x{size}x{size}{kinds}, "
@@ -155,6 +166,7 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
         default_sampler="ddim",
         default_steps=50,
         conditioning=conditioning,
+        text=text,
         decoder=load_decoder(first_stage, scale, path) if first_stage else None,
     )
 
@@ -168,6 +180,28 @@ def block_of(name: str) -> str:
     """The block an operator belongs to, under the name that the network has for it."""
     prefix = "unet." if name.startswith("unet.") else ""
     return prefix + adm.block_of(name.removeprefix(prefix))
+
+
+def _conditioned(
+    unet: AdmUNet, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], facts: Facts, path: Path
+) -> tuple[nn.Module, Mapping[str, Tensor], Conditioning | None, TextEncoder | None]:
+    """The denoiser with its condition as an input, its weights, and what it is sampled under."""
+    width = unet.config.context
+    if width is None:
+        return unet, weights, None, None
+    inside = {f"unet.{k}": v for k, v in weights.items()}
+    if CLASSES in state:
+        table = state[CLASSES]
+        # The last one was put in the place of classes that were dropped in training.
+        known = ByClass(classes=len(table) - 1, null=len(table) - 1, guidance=GUIDANCE)
+        return ByClassContext(unet, len(table), width), inside | {"embedding.weight": table}, known, None
+    if bert_text.recognise(state):
+        told = ByText(examples=facts.prompts or PROMPTS, guidance=TEXT_GUIDANCE)
+        return ByContext(unet), inside, told, bert_text.load(state, path)
+    raise AccuQuantError(
+        f"{path}: the U-Net reads a context of width {width} and the file holds neither an embedding of classes nor a "
+        "text encoder that is known (CompVis's BERTEmbedder)"
+    )
 
 
 def _unet(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
@@ -206,7 +240,11 @@ def _facts(path: Path, config: Path | None, shape: Mapping[str, Any], context: i
         params = read["model"]["params"]
         heads = params["unet_config"]["params"]
         facts = Facts.model_validate(
-            {**params, **{k: heads[k] for k in ("num_heads", "num_head_channels") if k in heads}}
+            {
+                **params,
+                **{k: heads[k] for k in ("num_heads", "num_head_channels") if k in heads},
+                "prompts": read.get("prompts", ()),
+            }
         )
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise AccuQuantError(f"{chosen} cannot be read as YAML: {error}") from error

@@ -185,10 +185,12 @@ def refusal(path):
     return str(error.value)
 
 
-def test_a_model_of_text_is_refused_by_name(formula, tmp_path):
+def test_a_context_that_nothing_makes_is_refused(formula, tmp_path):
     state = weights(formula, CASES[CLASSES])
     del state["cond_stage_model.embedding.weight"]
-    assert "models of text are not supported yet" in refusal(checkpoint(tmp_path, state, settings(CASES[CLASSES])))
+    assert "neither an embedding of classes nor a text encoder" in refusal(
+        checkpoint(tmp_path, state, settings(CASES[CLASSES]))
+    )
 
 
 def test_a_file_without_its_yaml_says_what_is_missing(formula, tmp_path):
