@@ -1,6 +1,6 @@
 """Draw the README's results, the page of all results and the model card from measured JSON; no number is typed by hand.
 
-python tools/publish.py   # README.md between its markers, tools/results/README.md, tools/reference/MODEL_CARD.md
+python tools/publish.py   # README.md between its markers, tools/results/README.md, the cards in tools/reference
 """
 
 import json
@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 from accuquant.calibrate.scheme import QuantScheme
+from cards import emoji_card, fashion_card
 
 ROOT = Path(__file__).parents[1]
 RESULTS, REFERENCE = ROOT / "tools" / "results", ROOT / "tools" / "reference"
@@ -167,8 +168,51 @@ def bench_table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", caption])
 
 
+def emoji_table(report: dict[str, Any]) -> str:
+    """Bundles of the text-to-image model beside their twin, as markdown."""
+    lines = [
+        "| | graph on disk | PSNR to fp, mean (p10) | SSIM | caption first | among ten |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in report["sides"].items():
+        close = (
+            f"{row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB | {row['ssim_mean']:.4f}" if name != "fp32" else "- | -"
+        )
+        of = row["caption"]
+        lines.append(
+            f"| {name} | {row['bytes'] / 2**20:.2f} MiB | {close} | {of['first']:.1%} | {of['first_ten']:.1%} |"
+        )
+    real = report["real"]
+    caption = (
+        f"n = {report['n']} captions, one seed each, guidance {report['guidance']:g}, {report['steps']} steps, on "
+        f"{report['sides']['fp32']['engine']}. Caption first, among ten: the caption's place when all "
+        f"{report['captions']} are ordered by how close their real pictures come to the painted one "
+        f"({report['features']}); real pictures of one style among those of the other reach {real['first']:.1%} and "
+        f"{real['first_ten']:.1%} (n = {real['n']}). {machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def emoji_results() -> list[str]:
+    """The same prompts by every precision, and the numbers."""
+    report = json.loads((RESULTS / "emoji.json").read_text())
+    sides = list(report["sides"])
+    said = {"fp32": "full precision"}
+    return [
+        "| " + " | ".join(said.get(side, f"{side}, integer kernels") for side in sides) + " |",
+        "|" + "---|" * len(sides),
+        "| " + " | ".join(f"![{side}](tools/results/emoji-{side.lower()}.png)" for side in sides) + " |",
+        "",
+        f"The same seeds under {', '.join(report['sheet'])}.",
+        "",
+        emoji_table(report),
+        "",
+    ]
+
+
 def readme_results() -> str:
     parts = [
+        *emoji_results(),
         "| full precision | W4A8, integer kernels |",
         "|---|---|",
         "| ![64 garments sampled in full precision](tools/results/fp.png) "
@@ -218,47 +262,14 @@ def results_page() -> str:
     return "\n".join(parts)
 
 
-def model_card() -> str:
-    facts = json.loads((REFERENCE / "fashion-ddim.json").read_text())
-    quality = json.loads((REFERENCE / "kid.json").read_text())
-    return f"""# fashion-ddim
-
-A pixel-space DDPM U-Net, {facts["parameters"] / 1e6:.2f} M parameters, 28x28 grey, in the layout of ermongroup/ddim:
-the model that AccuQuant's demo and tests quantize. `fashion-ddim.ckpt` is the flat EMA state dict in half precision,
-`fashion-ddim.yml` its configuration.
-
-| | |
-|---|---|
-| data | {facts["data"]} |
-| images seen | {facts["images_seen"]:,} |
-| objective | noise prediction, linear betas 1e-4..0.02, 1000 timesteps, bfloat16 autocast |
-| weighting | SNR clamped between 0.02 and 5, no weight above 4 |
-| seed | {facts["seed"]} |
-| command | `{facts["command"]}` |
-| wall time | {facts["wall_seconds"] / 60:.0f} min on {facts["device"]} |
-| {quality["metric"]} | {score(quality)}, n = {quality["n"]} samples against as many of the test split |
-| its floor | {score(quality["floor"])}, training split against test split, same n |
-| sampler | {quality["sampler"]}, {quality["steps"]} steps, seeds from {quality["seed"]} |
-
-KID is measured on features of an ImageNet EfficientNet-Lite0 and is comparable with nothing but itself.
-
-![samples](samples.png)
-
-Intended use: a small real model to calibrate, export and test with. It draws garments and nothing else.
-"""
-
-
-def score(kid: dict[str, float]) -> str:
-    return f"{kid['kid'] * 1e3:.1f} ± {kid['standard_error'] * 1e3:.1f} (x 1000)"
-
-
 def main() -> None:
-    """Rewrite README.md's results block and the model card."""
+    """Rewrite README.md's results block, the page of all results and the model cards."""
     readme = (ROOT / "README.md").read_text()
     block = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     (ROOT / "README.md").write_text(block.sub(lambda _: f"{BEGIN}\n{readme_results()}{END}", readme))
     (RESULTS / "README.md").write_text(results_page())
-    (REFERENCE / "MODEL_CARD.md").write_text(model_card())
+    (REFERENCE / "MODEL_CARD.md").write_text(fashion_card(REFERENCE))
+    (REFERENCE / "EMOJI_CARD.md").write_text(emoji_card(REFERENCE, RESULTS))
 
 
 if __name__ == "__main__":

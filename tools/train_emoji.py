@@ -47,6 +47,7 @@ UNET = AdmConfig(
     context=TEXT_WIDTH,
 )  # fmt: skip
 TIMESTEPS, LINEAR_START, LINEAR_END = 1000, 0.0015, 0.0195
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 EMPTY, STYLED = 0.1, 0.5  # how often a caption is left out, and how often one names its style
 
 
@@ -171,9 +172,10 @@ def make_tokenizer(texts: list[str]) -> Tokenizer:
     )
     trainer = trainers.BpeTrainer(
         vocab_size=TOKENS, special_tokens=["<pad>", "<unk>"], end_of_word_suffix="</w>", show_progress=False,
-        initial_alphabet=[*"abcdefghijklmnopqrstuvwxyz0123456789"],
+        initial_alphabet=[*ALPHABET],
     )  # fmt: skip
-    tokenizer.train_from_iterator(texts, trainer)
+    # Single letters as words, so that any word ends in a token that is known.
+    tokenizer.train_from_iterator([*texts, *ALPHABET], trainer)
     tokenizer.enable_padding(length=LENGTH, pad_id=0, pad_token="<pad>")
     tokenizer.enable_truncation(LENGTH)
     return tokenizer
@@ -201,8 +203,10 @@ def train_autoencoder(pixels: Tensor, folder: Path, images: int, seed: int) -> t
 
         return loss_of
 
-    _, first = train(network, losses(SIZE // 2, 8), folder / "quarters.pth", math.ceil(images * 7 / 8 / 8), 1e-3, seed)
-    _, second = train(network, losses(SIZE, 4), folder / "wholes.pth", math.ceil(images / 8 / 4), 3e-4, seed + 1)
+    _, first = train(
+        network, losses(SIZE // 2, 8), folder / "quarters.pth", math.ceil(images * 14 / 15 / 8), 1e-3, seed
+    )
+    _, second = train(network, losses(SIZE, 4), folder / "wholes.pth", math.ceil(images / 15 / 4), 3e-4, seed + 1)
     return network, first + second
 
 
@@ -268,7 +272,7 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder with the packed icon sets.")] = Path("."),
     out: Annotated[Path, typer.Option(help="Where checkpoints go.")] = Path("build/emoji"),
     name: Annotated[str, typer.Option(help="Stem of the released files.")] = "emoji-ldm",
-    autoencoder_images: Annotated[int, typer.Option(help="Pictures that the autoencoder sees in all.")] = 40_000,
+    autoencoder_images: Annotated[int, typer.Option(help="Pictures that the autoencoder sees in all.")] = 37_500,
     images: Annotated[int, typer.Option(help="Latents that the denoiser sees in all.")] = 200_000,
     seed: Annotated[int, typer.Option()] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
@@ -290,7 +294,7 @@ def main(
     autoencoder, first = train_autoencoder(pixels, out, autoencoder_images, seed)
     latents = latents_of(autoencoder, pixels)
     scale = float(1 / latents[0].std())
-    denoiser, second = train_denoiser(latents, scale, tokens, out / "denoiser.pth", images, 64, seed)
+    denoiser, second = train_denoiser(latents, scale, tokens, out / "denoiser.pth", images, 32, seed)
 
     state = {**denoiser.state_dict(), **{f"first_stage_model.{k}": v for k, v in autoencoder.state_dict().items()}}
     save_atomically({"state_dict": {k: v.half() for k, v in state.items()}}, out / f"{name}.ckpt")

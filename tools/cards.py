@@ -1,0 +1,75 @@
+"""The cards of the bundled models, from the facts that their trainings and measurements left behind."""
+
+import json
+from pathlib import Path
+
+
+def fashion_card(folder: Path) -> str:
+    """Of the pixel-space model; `folder` holds its facts."""
+    facts = json.loads((folder / "fashion-ddim.json").read_text())
+    quality = json.loads((folder / "kid.json").read_text())
+    return f"""# fashion-ddim
+
+A pixel-space DDPM U-Net, {facts["parameters"] / 1e6:.2f} M parameters, 28x28 grey, in the layout of ermongroup/ddim:
+the model that AccuQuant's demo and tests quantize. `fashion-ddim.ckpt` is the flat EMA state dict in half precision,
+`fashion-ddim.yml` its configuration.
+
+| | |
+|---|---|
+| data | {facts["data"]} |
+| images seen | {facts["images_seen"]:,} |
+| objective | noise prediction, linear betas 1e-4..0.02, 1000 timesteps, bfloat16 autocast |
+| weighting | SNR clamped between 0.02 and 5, no weight above 4 |
+| seed | {facts["seed"]} |
+| command | `{facts["command"]}` |
+| wall time | {facts["wall_seconds"] / 60:.0f} min on {facts["device"]} |
+| {quality["metric"]} | {score(quality)}, n = {quality["n"]} samples against as many of the test split |
+| its floor | {score(quality["floor"])}, training split against test split, same n |
+| sampler | {quality["sampler"]}, {quality["steps"]} steps, seeds from {quality["seed"]} |
+
+KID is measured on features of an ImageNet EfficientNet-Lite0 and is comparable with nothing but itself.
+
+![samples](samples.png)
+
+Intended use: a small real model to calibrate, export and test with. It draws garments and nothing else.
+"""
+
+
+def score(kid: dict[str, float]) -> str:
+    return f"{kid['kid'] * 1e3:.1f} ± {kid['standard_error'] * 1e3:.1f} (x 1000)"
+
+
+def emoji_card(folder: Path, results: Path) -> str:
+    """Of the latent text-to-image model; its pictures and numbers lie in `results`."""
+    facts = json.loads((folder / "emoji-ldm.json").read_text())
+    measured = json.loads((results / "emoji.json").read_text())
+    size = {name: f"{count / 1e6:.2f} M" for name, count in facts["parameters"].items()}
+    seconds, real, of = facts["seconds"], measured["real"], measured["sides"]["fp32"]["caption"]
+    recalled = f"{of['first']:.1%}, {of['first_ten']:.1%} of {measured['n']} painted pictures"
+    known = f"{real['first']:.1%}, {real['first_ten']:.1%} of {real['n']} real ones"
+    return f"""# emoji-ldm
+
+Latent text-to-image diffusion of emoji, 64x64, in CompVis's layout: a denoiser with cross-attention
+({size["denoiser"]} parameters, latents 4x16x16), a text encoder trained with it ({size["text_encoder"]}) and a KL
+autoencoder of factor 4 ({size["autoencoder"]}). `emoji-ldm.ckpt` is the averaged weights in half precision;
+`emoji-ldm.tokenizer.json` and `emoji-ldm.yml` belong to it.
+
+| | |
+|---|---|
+| data | {facts["pictures"]} drawings with their names: {"; ".join(facts["data"])} |
+| seen | {facts["autoencoder_images_seen"]:,} pictures, most of them quarters, and {facts["latents_seen"]:,} latents |
+| objective | v-prediction, betas linear in their root, 1000 timesteps; a tenth of the captions is empty |
+| command | `python {facts["command"]}` |
+| wall time | {seconds["autoencoder"] / 60:.0f} and {seconds["denoiser"] / 60:.0f} min on {facts["device"]} |
+| caption first, among ten | {recalled}; {known} |
+
+Captions are those of training: the count says how well pictures are recalled, not how well new ones are invented. A
+caption may end in `, noto` or `, flat`, which asks for a style.
+
+![pictures in full precision](../results/emoji-fp32.png)
+
+Under {", ".join(measured["sheet"])}.
+
+Intended use: a small real model to calibrate, export and play with. It knows the names of emoji, without people and
+flags, and no other words.
+"""
