@@ -15,12 +15,13 @@ exactly the coefficients that the scheduler's own (float32) tables imply.
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,16 +34,36 @@ NEGLIGIBLE = 1e-12  # of the row's largest coefficient: below float64's rounding
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a name on the command line becomes a diffusers scheduler: its class, settings and arguments of `step`."""
+    """How a name on the command line becomes a diffusers scheduler: its class, settings and arguments of `step`.
+
+    `timesteps(steps, num_train_timesteps)` gives the chain's own, falling, where the class has no such spacing.
+    """
 
     scheduler: str
     config: Mapping[str, Any] = field(default_factory=dict)
     step: Mapping[str, Any] = field(default_factory=dict)
+    timesteps: Callable[[int, int], list[int]] | None = None
+
+
+def quadratic(steps: int, train: int) -> list[int]:
+    """Timesteps of Song et al.'s quadratic spacing, int(i^2 0.8 T / (steps - 1)^2), falling, each of them once.
+
+    Cut to whole numbers the first few coincide (100 steps of 1000 are 96 timesteps). DDIM without noise does nothing
+    between equal timesteps, so that repeats are left out.
+    """
+    if steps < 2:
+        raise ValueError("quadratic spacing has a first and a last timestep")
+    sequence = np.linspace(0, np.sqrt(train * 0.8), steps) ** 2  # in the original's own arithmetic, which rounds
+    return sorted({int(t) for t in sequence}, reverse=True)
 
 
 SAMPLERS: Mapping[str, Sampler] = {
     "ddim": Sampler("DDIMScheduler"),
     "ddim-eta1": Sampler("DDIMScheduler", step={"eta": 1.0}),
+    # DPM-Solver++ of order one is DDIM, and takes any timesteps; it ends at alpha-bar 1, as the original does.
+    "ddim-quad": Sampler(
+        "DPMSolverMultistepScheduler", {"solver_order": 1, "final_sigmas_type": "zero"}, timesteps=quadratic
+    ),
     "ddpm": Sampler("DDPMScheduler"),
     "pndm": Sampler("PNDMScheduler"),
     "plms": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
@@ -89,11 +110,13 @@ def trace(name: str, noise_schedule: Mapping[str, Any], steps: int) -> SamplingP
         raise AccuQuantError(f"sampler {name!r} does not fit what this model predicts; choose {fitting}")
     for clipping in {"clip_sample", "clip_denoised"} & accepted.keys():
         settings.setdefault(clipping, False)
-    return trace_scheduler(factory(**settings), steps, **chosen.step)
+    return trace_scheduler(factory(**settings), steps, chosen.timesteps, **chosen.step)
 
 
-def trace_scheduler(scheduler: Any, steps: int, **step_arguments: Any) -> SamplingPlan:
-    """The plan of any diffusers scheduler object; it is copied, not touched.
+def trace_scheduler(
+    scheduler: Any, steps: int, timesteps: Callable[[int, int], list[int]] | None = None, **step_arguments: Any
+) -> SamplingPlan:
+    """The plan of any diffusers scheduler object; it is copied, not touched. `timesteps` as of a Sampler.
 
     Raises:
         AccuQuantError: the scheduler thresholds, clips, learns its variance, or is not linear for another reason.
@@ -104,7 +127,11 @@ def trace_scheduler(scheduler: Any, steps: int, **step_arguments: Any) -> Sampli
     if steps < 1 or (limit and steps > limit):
         raise AccuQuantError(f"{steps} sampling steps asked for; this model's schedule allows 1 to {limit}")
     try:
-        rows = _rows(scheduler, steps, step_arguments)
+        if timesteps is None:
+            scheduler.set_timesteps(steps)
+        else:
+            scheduler.set_timesteps(timesteps=timesteps(steps, limit))
+        rows = _rows(scheduler, step_arguments)
     except (ValueError, NotImplementedError, IndexError, TypeError) as error:
         raise AccuQuantError(
             f"{type(scheduler).__name__} cannot sample this model in {steps} steps ({error}); "
@@ -118,9 +145,8 @@ def trace_scheduler(scheduler: Any, steps: int, **step_arguments: Any) -> Sampli
     )
 
 
-def _rows(scheduler: Any, steps: int, step_arguments: Mapping[str, Any]) -> list[PlanStep]:
+def _rows(scheduler: Any, step_arguments: Mapping[str, Any]) -> list[PlanStep]:
     """Run the scheduler on basis vectors and read every row of the plan off the forms."""
-    scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps
     rows = len(timesteps)
 

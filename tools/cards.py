@@ -7,7 +7,9 @@ from pathlib import Path
 def fashion_card(folder: Path) -> str:
     """Of the pixel-space model; `folder` holds its facts."""
     facts = json.loads((folder / "fashion-ddim.json").read_text())
-    quality = json.loads((folder / "kid.json").read_text())
+    quality = json.loads((folder / "evaluation.json").read_text())
+    kid = next(row for row in quality["rows"] if row["metric"] == "KID")
+    floor, drawn = kid["floor"], quality["subject"]
     return f"""# fashion-ddim
 
 A pixel-space DDPM U-Net, {facts["parameters"] / 1e6:.2f} M parameters, 28x28 grey, in the layout of ermongroup/ddim:
@@ -23,9 +25,9 @@ the model that AccuQuant's demo and tests quantize. `fashion-ddim.ckpt` is the f
 | seed | {facts["seed"]} |
 | command | `{facts["command"]}` |
 | wall time | {facts["wall_seconds"] / 60:.0f} min on {facts["device"]} |
-| {quality["metric"]} | {score(quality)}, n = {quality["n"]} samples against as many of the test split |
-| its floor | {score(quality["floor"])}, training split against test split, same n |
-| sampler | {quality["sampler"]}, {quality["steps"]} steps, seeds from {quality["seed"]} |
+| KID ({kid["net"]}) | {score(kid)}, n = {kid["n"]} samples against as many of {kid["to"]} |
+| its floor | {score(floor)}, {floor.get("of", "real pictures against others of them")}, n = {floor["n"]} |
+| sampler | {drawn["sampler"]}, {drawn["steps"]} steps, seeds from {quality["seeds"][0]} |
 
 KID is measured on features of an ImageNet EfficientNet-Lite0 and is comparable with nothing but itself.
 
@@ -36,7 +38,7 @@ Intended use: a small real model to calibrate, export and test with. It draws ga
 
 
 def score(kid: dict[str, float]) -> str:
-    return f"{kid['kid'] * 1e3:.1f} ± {kid['standard_error'] * 1e3:.1f} (x 1000)"
+    return f"{kid['value'] * 1e3:.1f} ± {kid['standard_error'] * 1e3:.1f} (x 1000)"
 
 
 def emoji_card(folder: Path, results: Path) -> str:

@@ -39,11 +39,11 @@ from accuquant.runtime import noise
 from accuquant.runtime.engines import open_engine
 from accuquant.runtime.engines.base import EngineOptions
 from accuquant.runtime.errors import AccuQuantError
-from accuquant.runtime.fidelity import psnr, ssim
 from accuquant.runtime.pictures import to_uint8
 from accuquant.runtime.plan import SamplingPlan
 from efficientnet_lite import features
 from kid import kid
+from scores import of_twins
 
 BATCH = 16
 DRIFT_SEEDS = 32  # of the judged seeds, in simulation
@@ -190,8 +190,6 @@ def compare(fp: np.ndarray, quantized: np.ndarray) -> dict[str, Any]:
     `kid_of_fp` is what the twin itself scores there: the number that no method need beat.
     """
     a, b = to_uint8(fp), to_uint8(quantized)
-    p, s = psnr(a, b), ssim(a, b)
-    errors = np.square(np.clip(fp, -1, 1) - np.clip(quantized, -1, 1)).reshape(len(fp), -1).mean(1)
     # Twins of one seed are no independent samples; halves of different seeds are.
     half = len(fp) // 2
     score = floor = None
@@ -200,12 +198,7 @@ def compare(fp: np.ndarray, quantized: np.ndarray) -> dict[str, Any]:
             features(x[..., 0] if x.shape[-1] == 1 else x) for x in (a[:half], a[-half:], b[:half])
         )
         score, floor = kid(of_int, of_other), kid(of_fp, of_other)
-    return {
-        "psnr_mean": float(p.mean()),
-        "psnr_p10": float(np.percentile(p, 10)),
-        "ssim_mean": float(s.mean()),
-        "mse": float(errors.mean()),
-        "mse_median": float(np.median(errors)),
+    return of_twins(fp, quantized) | {
         "kid_to_fp": score and score.mean,
         "kid_to_fp_error": score and score.standard_error,
         "kid_of_fp": floor and floor.mean,

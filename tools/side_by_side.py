@@ -13,10 +13,9 @@ from accuquant.runtime.engines.base import Engine, EngineOptions
 from accuquant.runtime.engines.compile_plan import CompileRequest, compile_plan, installed
 from accuquant.runtime.engines.rtx_log import PRODUCTS
 from accuquant.runtime.errors import AccuQuantError
-from accuquant.runtime.fidelity import psnr, ssim
 from accuquant.runtime.inspection import LOW_BIT
-from accuquant.runtime.pictures import to_uint8
 from accuquant.runtime.plan import SamplingPlan
+from scores import of_twins
 
 BATCH = 8  # of sampling
 # What engines call a kernel that multiplies: OpenVINO's layers, and ONNX Runtime's operators however fused.
@@ -57,19 +56,9 @@ def sample(graph: Path, engine: str, plan: SamplingPlan, seeds: Sequence[int], s
 
 def fidelity(fp: Run, other: Run) -> dict[str, Any]:
     """Of final pictures to the twin's, and of latents along the way: relative distance, median over seeds."""
-    a, b = to_uint8(fp.end), to_uint8(other.end)
-    p, s = psnr(a, b), ssim(a, b)
-    errors = np.square(np.clip(fp.end, -1, 1) - np.clip(other.end, -1, 1)).reshape(len(a), -1).mean(1)
     flat_fp, flat = (run.states.reshape(*run.states.shape[:2], -1) for run in (fp, other))
     drift = np.linalg.norm(flat - flat_fp, axis=2) / np.linalg.norm(flat_fp, axis=2)
-    return {
-        "psnr_mean": float(p.mean()),
-        "psnr_p10": float(np.percentile(p, 10)),
-        "ssim_mean": float(s.mean()),
-        "mse": float(errors.mean()),
-        "mse_median": float(np.median(errors)),
-        "drift": np.median(drift, axis=1).tolist(),
-    }
+    return {**of_twins(fp.end, other.end), "drift": np.median(drift, axis=1).tolist()}
 
 
 def coverage(graph: Path, engine: str) -> dict[str, int]:

@@ -20,7 +20,6 @@ Out come `emoji-ldm.ckpt` (the state dict in half precision), its tokenizer, its
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +37,7 @@ from accuquant.calibrate.families.first_stage import Attention, Network, Residua
 from accuquant.runtime.console import machine_facts
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
+from training import Ema, save_atomically, warmup_cosine
 
 SIZE, LATENT, FACTOR = 64, 4, 4
 CHANNELS, WIDTHS, BLOCKS = 64, (64, 64, 128), 1
@@ -114,30 +114,25 @@ class Denoiser(nn.Module):
         return cast(Tensor, self.model["diffusion_model"](x, t, context=self.cond_stage_model["transformer"](tokens)))
 
 
-def save_atomically(value: object, path: Path) -> None:
-    part = path.with_suffix(path.suffix + ".part")
-    torch.save(value, part)
-    os.replace(part, path)
-
-
 def train(
     network: nn.Module, loss_of: Callable[[torch.Generator], Tensor], path: Path, steps: int, lr: float, seed: int,
     every: int = 250,
 ) -> tuple[dict[str, Tensor], float]:  # fmt: skip
     """Adam with warm-up and a cosine, going on from `path` if it is there; the averaged weights, and seconds spent."""
-    ema = {k: v.clone() for k, v in network.state_dict().items()}
+    ema = Ema(network, 0.999)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-3, betas=(0.9, 0.99))
     step, spent = 0, 0.0
     if path.exists():
         held = torch.load(path, weights_only=True)
         network.load_state_dict(held["model"])
         optimizer.load_state_dict(held["optimizer"])
-        ema, step, spent = held["ema"], held["step"], held["seconds"]
+        ema.load(held["ema"])
+        step, spent = held["step"], held["seconds"]
     begun, running = time.monotonic(), 0.0
     network.train()
     while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = warmup_cosine(step, steps, lr, warmup=200)
         # A generator of the step's own: resumed and uninterrupted runs see the same pictures and noise.
         loss = loss_of(torch.Generator().manual_seed(seed * 1_000_003 + step))
         optimizer.zero_grad(set_to_none=True)
@@ -145,20 +140,19 @@ def train(
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         step += 1
-        current = network.state_dict()
-        torch._foreach_lerp_(list(ema.values()), [current[k] for k in ema], 1 - min(0.999, (1 + step) / (10 + step)))
+        ema.update(step)
         running += loss.item()
         if step % every == 0 or step == steps:
             elapsed = spent + time.monotonic() - begun
             print(f"{path.stem}  step {step}/{steps}  loss {running / every:.4f}  {elapsed:.0f} s", flush=True)
             running = 0.0
             save_atomically(
-                {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step,
+                {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.weights, "step": step,
                  "seconds": elapsed}, path,
             )  # fmt: skip
-    network.load_state_dict(ema)
+    network.load_state_dict(ema.weights)
     network.eval()
-    return ema, spent + time.monotonic() - begun
+    return ema.weights, spent + time.monotonic() - begun
 
 
 def make_tokenizer(texts: list[str]) -> Tokenizer:

@@ -37,7 +37,8 @@ def replay(name: str, prediction: str, steps: int) -> None:
     """Run both on the same float64 outputs and noise, and compare latent, network input and timestep at every row."""
     plan = trace(name, schedule_of(name, prediction), steps)
     scheduler = scheduler_of(name, prediction)
-    scheduler.set_timesteps(steps)
+    chosen = SAMPLERS[name].timesteps
+    scheduler.set_timesteps(steps) if chosen is None else scheduler.set_timesteps(timesteps=chosen(steps, 1000))
     rows = len(scheduler.timesteps)
     assert len(plan) == rows
     assert plan.init_sigma == pytest.approx(float(scheduler.init_noise_sigma) if name != "flow-euler" else 1.0)
@@ -137,6 +138,33 @@ def test_eta_one_adds_the_ddpm_posteriors_noise():
     b = np.sqrt(1 - following - sigma**2) - np.sqrt(following / now) * np.sqrt(1 - now)
     np.testing.assert_allclose([s.c.get(i, 0.0) for i, s in enumerate(plan.steps)], sigma, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose([s.b[i] for i, s in enumerate(plan.steps)], b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [10, 50, 100])
+def test_quadratic_ddim_is_the_original_loop_with_all_its_repeats(steps):
+    """ermongroup/ddim with skip_type "quad": x' = sqrt(abar') x0 + sqrt(1 - abar') eps, abar 1 at the end."""
+    settings = {**SCHEDULE, "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 0}
+    plan = trace("ddim-quad", settings, steps)
+    abar = np.concatenate([[1.0], alpha_bar()])  # abar[t + 1] is that of t
+    sequence = [int(s) for s in np.linspace(0, np.sqrt(1000 * 0.8), steps) ** 2]
+    assert sequence[-1] == 800
+    direction = np.random.default_rng(steps).normal(size=(5, 3))
+
+    def network(x: np.ndarray, t: float) -> np.ndarray:
+        return np.tanh(x @ np.ones((3, 3)) * 0.3 + direction + 1e-3 * t)
+
+    start = np.random.default_rng(1).normal(size=(5, 3))
+    x = start
+    for t, following in zip(sequence[::-1], [*sequence[-2::-1], -1], strict=True):
+        eps = network(x, t)
+        x0 = (x - eps * np.sqrt(1 - abar[t + 1])) / np.sqrt(abar[t + 1])
+        x = np.sqrt(abar[following + 1]) * x0 + np.sqrt(1 - abar[following + 1]) * eps
+    assert [s.timestep for s in plan.steps] == sorted(set(sequence), reverse=True)
+    np.testing.assert_allclose(plan.sample(network, lambda j: start), x, atol=2e-5)
+
+
+def test_a_hundred_quadratic_steps_call_the_network_96_times():
+    assert len(trace("ddim-quad", SCHEDULE, 100)) == 96
 
 
 def test_heun_and_prk_take_more_calls_than_steps():
