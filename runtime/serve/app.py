@@ -7,6 +7,7 @@ their own, files are encoded in the loop's helpers.
 import asyncio
 import base64
 import hashlib
+import logging
 import re
 import time
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from ..errors import AccuQuantError
 from .api import ApiError, GenerateRequest, base64_of, encoded, error_body, preview_rows, validation_error
 from .batching import Job
 from .gate import Gate
@@ -44,10 +46,13 @@ def application(server: Server, api_key: str | None = None) -> FastAPI:
         except ApiError as error:
             status = error.status
             raise
+        except Exception:
+            status = 500
+            raise
         finally:
             server.metrics.requests.labels(painter.name, status).inc()
             if status == 499:
-                server.metrics.cancelled.inc()
+                server.metrics.disconnects.inc()
         return response
 
     @app.get("/v1/models")
@@ -145,11 +150,12 @@ async def _events(
 ) -> AsyncIterator[str]:
     """Previews as they come, then the pictures; the events of the API's own streams, with `index` and `step` beside."""
     common = {"size": painter.size, "quality": "auto", "background": "opaque", "output_format": asked.output_format}
-    until, shown = begun + server.deadline(asked), 0
+    until, shown, answered = begun + server.deadline(asked), 0, False
     try:
         while not pictures.done():
             fresh = await glances.next(pictures, until - time.monotonic())
             if not fresh and not pictures.done():
+                answered = True
                 yield event("error", _too_late(server.deadline(asked)).body)
                 return
             for index, (row, pixels) in fresh.items():
@@ -164,6 +170,7 @@ async def _events(
         try:
             files = await _files(asked, _painted(pictures))
         except ApiError as error:
+            answered = True
             yield event("error", error.body)
             return
         for index, (file, wish) in enumerate(zip(files, job.wishes, strict=True)):
@@ -173,19 +180,23 @@ async def _events(
                 | {"b64_json": base64_of(file), "created_at": int(time.time())}
                 | {"index": index, "seed": wish.seed},
             )
+        answered = True
         server.metrics.answered(painter.name, len(files), time.monotonic() - begun)
     finally:
-        if not pictures.done():
-            server.metrics.cancelled.inc()
+        if not answered:
+            server.metrics.disconnects.inc()
         pictures.cancel()
 
 
 def _painted(pictures: "asyncio.Future[Any]") -> Any:
     """What the worker made, or its error in the API's form."""
     error = pictures.exception()
-    if error is not None:
-        raise ApiError(500, f"the pictures could not be painted: {error}", "server_error", code="engine_failed")
-    return pictures.result()
+    if error is None:
+        return pictures.result()
+    # What others than we wrote may name files of this machine.
+    said = str(error) if isinstance(error, AccuQuantError) else "the engine failed; the server's log says how"
+    logging.getLogger(__name__).error("painting failed", exc_info=error)
+    raise ApiError(500, f"the pictures could not be painted: {said}", "server_error", code="engine_failed")
 
 
 async def _files(asked: GenerateRequest, pictures: Any) -> list[bytes]:

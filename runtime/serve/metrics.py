@@ -18,7 +18,9 @@ class Metrics:
             "accuquant_requests", "Answered requests for pictures", ["model", "status"], registry=here
         )
         self.pictures = Counter("accuquant_pictures", "Pictures painted and sent", ["model"], registry=here)
-        self.cancelled = Counter("accuquant_disconnects", "Requests whose sender left before the answer", registry=here)
+        self.disconnects = Counter(
+            "accuquant_disconnects", "Requests whose sender left before the answer", registry=here
+        )
         self.latency = Histogram(
             "accuquant_request_seconds", "From a request to its pictures", ["model"], buckets=SECONDS, registry=here
         )

@@ -82,6 +82,8 @@ class Server:
         if asked.n > self.limits.pictures:
             most = self.limits.pictures
             raise ApiError(400, f"n is {asked.n}; at most {most} pictures a request", parameter="n", code="too_many")
+        if asked.stream and asked.response_format == "url":
+            raise ApiError(400, "streams carry b64_json; leave response_format out", parameter="response_format")
         try:
             painter.check_size(asked.size)
             painter.check_steps(asked.num_inference_steps)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.plan import PlanStep, SamplingPlan
 from accuquant.runtime.serve import painter as painting
 from accuquant.runtime.serve.listen import serve
@@ -49,8 +50,10 @@ class Hand:
             while not (self.hold.wait(0.005) or self.steps.acquire(blocking=False)):
                 pass
             self.strokes += 1
-            if any(seed == 666 for seed in seeds):
-                raise ValueError("the devil's seed")
+            if 666 in seeds:
+                raise AccuQuantError("the devil's seed")
+            if 667 in seeds:
+                raise ValueError("/home/somebody/model.onnx")
             on_output(row, x, x)
         return x
 

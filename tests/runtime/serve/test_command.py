@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -38,8 +39,9 @@ def test_sigterm_finishes_what_was_accepted_and_exits_with_zero(serving, house):
     assert "W4A8, 8x8, 6 steps, takes nothing, batch 1" in "".join(printed)
     with ThreadPoolExecutor(3) as crowd:
         answers = [crowd.submit(house.ask, address, body={"seed": seed, "n": 10}) for seed in (1, 2, 3)]
+        end = time.monotonic() + 30
         while b'accuquant_painting_pictures{model="bundle"} 1.0' not in house.ask(address, "/metrics")[2]:
-            pass
+            assert time.monotonic() < end
         process.send_signal(signal.SIGTERM)
         answers = [answer.result(60) for answer in answers]
     assert {status for status, _, _ in answers} <= {200, 503}

@@ -109,6 +109,15 @@ def test_a_picture_that_cannot_be_painted_is_an_error_of_its_own(house, painter)
         assert house.ask(address, "/health/ready")[0] == 200
 
 
+def test_what_libraries_say_stays_in_the_log(house, painter, caplog):
+    with house.running([painter]) as (address, _):
+        status, _, body = house.ask(address, body={"seed": 667})
+    assert status == 500
+    assert "the server's log says how" in body["error"]["message"]
+    assert "somebody" not in body["error"]["message"]
+    assert "/home/somebody/model.onnx" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("raw", "status", "words"),
     [
@@ -124,6 +133,7 @@ def test_a_picture_that_cannot_be_painted_is_an_error_of_its_own(house, painter)
         (b'{"prompt": 7}', 400, "prompt"),
         (b'{"n": true}', 400, "n: "),
         (b'{"prompt": "' + b"x" * 5000 + b'"}', 400, "prompt"),
+        (b'{"stream": true, "response_format": "url"}', 400, "streams carry b64_json"),
         (b'{"seed": ' + b"9" * 5000 + b"}", 400, ""),
         (b'{"prompt": "' + b"x" * 70000 + b'"}', 413, "larger than 65536 bytes"),
     ],
