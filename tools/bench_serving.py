@@ -2,11 +2,11 @@
 
     python tools/bench_serving.py fashion-w8a8 --seconds 30 --out tools/results/serving.json
 
-Starts `accuquant-serve http BUNDLE` on the loopback and asks it for single pictures: first in a closed loop, in which
-as many clients as fill two batches ask again as soon as they are answered (its throughput is called capacity); then in
-open loops, in which requests arrive at random (Poisson) at 0.5, 1 and 2 times that rate whether or not others are
-answered. Latency counts from the moment a request was due. It must hold, or the exit code is 1, that every request was
-answered; that those which got no picture were refused with 429 and told when to come again; and that the slowest
+Starts `accuquant-serve http BUNDLE` on the loopback and asks it for single pictures. First in a closed loop: as many
+clients as fill two batches ask again as soon as they are answered, or as a refusal allows; its throughput is called
+capacity. Then in open loops: requests arrive at random (Poisson) at 0.5, 1 and 2 times that rate, whether or not others
+are answered. Latency counts from the moment a request was due. It must hold, or the exit code is 1, that every request
+was answered; that those which got no picture were refused with 429 and told when to come again; and that the slowest
 hundredth of the accepted was within the deadline. The load's own process shares the machine, and so does whatever else
 runs: the load average stands in the JSON.
 """
@@ -48,13 +48,13 @@ class Tally:
     refused: list[float] = field(default_factory=list)
     untold: int = 0  # refusals without Retry-After
 
-    def add(self, status: int, seconds: float, told: bool) -> None:
+    def add(self, status: int, seconds: float, told: float | None) -> None:
         self.statuses[status] += 1
         if status == 200:
             self.accepted.append(seconds)
         elif status == 429:
             self.refused.append(seconds)
-            self.untold += not told
+            self.untold += told is None
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Target:
         finally:
             writer.close()
 
-    async def picture(self, seed: int) -> tuple[int, bool]:
-        """Status of a request for one picture, and whether it says when to come again."""
+    async def picture(self, seed: int) -> tuple[int, float | None]:
+        """Status of a request for one picture, and in how many seconds to come again, if that is said."""
         body = json.dumps({"seed": seed}).encode()
         head = (
             f"POST /v1/images/generations HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
@@ -82,12 +82,13 @@ class Target:
             async with asyncio.timeout(self.deadline + MARGIN):
                 answer = await self._exchange(head, body)
         except (OSError, TimeoutError):
-            return 0, False
+            return 0, None
         top, _, content = answer.partition(b"\r\n\r\n")
         status = int(top.split()[1]) if top.startswith(b"HTTP/1.1 ") else 0
         if status == 200 and not (content.startswith(b"{") and content.endswith(b"}")):
-            return 0, False
-        return status, b"\r\nretry-after:" in top.lower()
+            return 0, None
+        told = re.search(rb"\r\nretry-after: (\d+)", top.lower())
+        return status, float(told[1]) if told else None
 
     async def memory(self) -> float:
         """Resident bytes of the server, by its own account."""
@@ -98,7 +99,7 @@ class Target:
 
 
 async def closed_loop(target: Target, clients: int, seconds: float) -> Tally:
-    """Every client asks again as soon as it is answered."""
+    """Every client asks again as soon as it has its picture, or after as long as a refusal says."""
     tally, end, seeds = Tally(), time.monotonic() + seconds, iter(range(10**9))
 
     async def client() -> None:
@@ -106,6 +107,8 @@ async def closed_loop(target: Target, clients: int, seconds: float) -> Tally:
             begun = time.monotonic()
             status, told = await target.picture(next(seeds))
             tally.add(status, time.monotonic() - begun, told)
+            if status != 200:
+                await asyncio.sleep(told or 1.0)
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return tally

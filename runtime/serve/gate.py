@@ -29,6 +29,9 @@ class Gate:
         try:
             headers = dict(scope["headers"])
             self._check_key(scope["path"], headers)
+            if scope["method"] == "POST" and not headers.get(b"content-type", b"").startswith(b"application/json"):
+                # Other kinds a browser sends for any page that asks it to, without asking us first.
+                raise ApiError(415, "send JSON, with Content-Type: application/json", code="no_json")
             body = await self._body(headers, receive)
         except ApiError as error:
             await _answer(error, send)

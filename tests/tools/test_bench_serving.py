@@ -62,7 +62,7 @@ def test_answers_that_do_not_arrive_whole_are_losses(bench, broken):
 def result(bench, **statuses):
     tally = bench.Tally()
     for name, seconds in statuses.items():
-        tally.add(int(name[1:]), seconds, told=True)
+        tally.add(int(name[1:]), seconds, 1.0)
     return {
         "phase": "open",
         "statuses": {str(status): count for status, count in tally.statuses.items()},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from accuquant.runtime.serve.batching import DrainingError, Job, QueueFullError, Wish, Worker
 
-WAIT = 10
+WAIT = 30
 
 
 class Easel:
@@ -96,7 +96,7 @@ def test_what_would_come_too_late_is_refused_at_once():
     time.sleep(0.05)
     with pytest.raises(QueueFullError, match=r"the deadline is 0\.3 s"):
         worker.submit(job(3), patience=0.3)
-    worker.submit(job(4), patience=5)
+    worker.submit(job(4), patience=60)
     easel.go.set()
     worker.drain()
     assert worker.join(WAIT)

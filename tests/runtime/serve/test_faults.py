@@ -18,7 +18,7 @@ def painter(house):
     return house.by_hand()
 
 
-def until(condition, seconds=10):
+def until(condition, seconds=30):
     """Wait for something that another thread does."""
     end = time.monotonic() + seconds
     while not condition():
@@ -34,21 +34,24 @@ def left_behind(address, body):
 
 
 def test_too_many_are_refused_and_told_when_to_come_again_and_the_accepted_are_all_answered(house, painter):
-    with house.running([painter], Limits(waiting=4)) as (address, _), ThreadPoolExecutor(20) as crowd:
+    with house.running([painter], Limits(waiting=4)) as (address, _), ThreadPoolExecutor(21) as crowd:
         painter.pipeline.hold.clear()
+        busy = crowd.submit(house.ask, address, body={"seed": 30, "n": 2})
+        until(lambda: painter.pipeline.painted[-1] == [30, 31])
         answers = [crowd.submit(house.ask, address, body={"seed": seed}) for seed in range(20)]
-        until(lambda: sum(a.done() for a in answers) == 20 - 4 - 2)
+        until(lambda: sum(a.done() for a in answers) == 16)
         painter.pipeline.hold.set()
         answers = [a.result(30) for a in answers]
+        assert busy.result(30)[0] == 200
         accepted = [a for a in answers if a[0] == 200]
-        assert len(accepted) == 6
+        assert len(accepted) == 4
         for status, headers, body in answers:
             if status != 200:
                 assert status == 429
                 assert int(headers["Retry-After"]) >= 1
                 assert body["error"]["code"] == "queue_full"
                 assert "4 pictures are waiting" in body["error"]["message"]
-        assert len({a[2]["data"][0]["b64_json"] for a in accepted}) == 6
+        assert len({a[2]["data"][0]["b64_json"] for a in accepted}) == 4
 
 
 def test_the_official_client_reads_refusals_as_rate_limits(house, painter):
@@ -81,12 +84,12 @@ def test_the_engine_stops_for_who_left(house, painter, stream):
 
 
 def test_a_request_ends_at_its_deadline_and_its_place_is_free(house, painter):
-    with house.running([painter], Limits(deadline=5.0)) as (address, server):
+    with house.running([painter], Limits(deadline=20.0)) as (address, server):
         painter.pipeline.hold.clear()
-        status, _, body = house.ask(address, body={"seed": 1, "deadline": 0.3})
+        status, _, body = house.ask(address, body={"seed": 1, "deadline": 1.0})
         assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
-        assert "not ready within 0.3 s" in body["error"]["message"]
-        status, _, text = house.ask(address, body={"seed": 1, "deadline": 0.3, "stream": True})
+        assert "not ready within 1 s" in body["error"]["message"]
+        status, _, text = house.ask(address, body={"seed": 1, "deadline": 1.0, "stream": True})
         assert status == 200
         assert b"event: error" in text
         assert b"deadline_exceeded" in text
@@ -151,10 +154,11 @@ def running_by_hand(house):
         yield address
 
 
-def test_bodies_are_json_and_say_so(house, running_by_hand):
-    """A page of another site could send text/plain without asking first."""
-    status, _, body = house.ask(running_by_hand, raw=b'{"seed": 1}', headers={"Content-Type": "text/plain"})
-    assert status == 400
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_bodies_are_json_and_say_so(house, running_by_hand, kind):
+    """A page of another site could send these without asking first."""
+    status, _, body = house.ask(running_by_hand, raw=b'{"seed": 1}', headers={"Content-Type": kind})
+    assert status == 415
     assert "application/json" in body["error"]["message"]
 
 
@@ -178,7 +182,8 @@ def test_bodies_without_a_length_are_counted_too(house, running_by_hand):
 def test_who_sends_too_slowly_is_sent_away(house, running_by_hand):
     host, port = running_by_hand.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as slow:
-        slow.sendall(b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        head = "POST /v1/images/generations HTTP/1.1", "Host: a", "Content-Type: application/json", "Content-Length: 9"
+        slow.sendall("\r\n".join([*head, "", "{"]).encode())
         answer = slow.recv(65536).decode()
     assert answer.startswith("HTTP/1.1 408")
     assert "did not arrive within 0.5 s" in answer
@@ -196,7 +201,7 @@ def test_a_reader_who_does_not_read_holds_nobody_up(house, painter):
         lazy = [left_behind(address, {"seed": 1, "n": 2, "stream": True, "partial_images": 3}) for _ in range(5)]
         begun = time.monotonic()
         assert house.ask(address, body={"seed": 2})[0] == 200
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 20
         del lazy
 
 
@@ -208,7 +213,7 @@ def test_the_loop_answers_while_an_engine_is_busy(house, painter):
         begun = time.monotonic()
         for _ in range(20):
             assert house.ask(address, "/health/live")[0] == 200
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 20
         kept.close()
 
 

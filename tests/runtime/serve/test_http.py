@@ -2,6 +2,8 @@
 
 import base64
 import io
+import threading
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,16 +16,24 @@ from PIL import Image
 
 
 @pytest.fixture(scope="module")
-def address(tiny_bundle, house):
+def served(tiny_bundle, house):
+    """Address and server of the tiny bundle and its twin."""
     painters = [Painter(tiny_bundle, side, batch=4, threads=1) for side in ("denoiser", "twin")]
-    with house.running(painters) as (address, _):
-        yield address
+    with house.running(painters) as both:
+        yield both
 
 
 @pytest.fixture(scope="module")
-def client(address):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as client:
+def client(served):
+    with openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0, timeout=60) as client:
         yield client
+
+
+def until(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
 
 
 def painted(client, seed, model="bundle", **more):
@@ -41,16 +51,27 @@ def test_pictures_are_those_of_the_pipeline(client, tiny_bundle, side):
     np.testing.assert_array_equal(np.stack(pictures), expected[..., 0])
 
 
-def test_a_seed_gives_the_same_bytes_alone_and_among_strangers(client, address):
+def test_a_seed_gives_the_same_bytes_alone_and_among_strangers(client, served, monkeypatch):
     _, alone = painted(client, 21)
+    painter, worker = served[1].painters["bundle"], served[1].workers["bundle"]
+    paint, gate, batches = painter.paint, threading.Event(), []
+
+    def when_all_wait(wishes, on_row):
+        assert gate.wait(30)
+        batches.append([wish.seed for wish in wishes])
+        return paint(wishes, on_row)
+
+    monkeypatch.setattr(painter, "paint", when_all_wait)
     with ThreadPoolExecutor(12) as crowd:
+        first = crowd.submit(painted, client, 2)
+        until(lambda: worker.painting)
         among = [crowd.submit(painted, client, seed, n=1 + seed % 3) for seed in (3, 21, 8, 21, 40, 21, 7, 21)]
-        files = {k: future.result()[1] for k, future in enumerate(among)}
-    assert {files[k][0] for k in (1, 3, 5, 7)} == set(alone)
-    assert files[0][0] != alone[0]
-    text = urllib.request.urlopen(f"{address}/metrics").read().decode()
-    batches = [line for line in text.splitlines() if line.startswith("accuquant_batch_pictures_count")]
-    assert float(batches[0].split()[-1]) < 8 + 8, "requests were not merged"
+        until(lambda: worker.waiting == 12)
+        gate.set()
+        files = [future.result()[1] for future in [first, *among]]
+    assert [len(batch) for batch in batches] == [1, 4, 4, 4], "strangers share batches"
+    assert {files[k][0] for k in (2, 4, 6, 8)} == set(alone)
+    assert len({file for some in files for file in some}) == len({2, 3, 7, 8, 9, 10, 21, 40, 41})
 
 
 def test_without_a_seed_one_is_drawn_and_told(client):

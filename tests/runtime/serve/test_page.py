@@ -43,7 +43,7 @@ def opened(browser, address):
     until(lambda: "steps" in text(browser, "#about"))
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
