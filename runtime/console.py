@@ -3,7 +3,7 @@
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,19 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
     """A console entry point for `function`: user errors become one sentence and exit code 1, Ctrl-C exit code 130."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(function)
+    return _entry_point(app)
 
+
+def commands(functions: Mapping[str, Callable[..., None]], about: str) -> Callable[[], None]:
+    """Like `command`, of an entry point with a subcommand for each function."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=about)
+    app.callback()(lambda: None)  # so that a single one is a subcommand too
+    for name, function in functions.items():
+        app.command(name)(function)
+    return _entry_point(app)
+
+
+def _entry_point(app: typer.Typer) -> Callable[[], None]:
     def main() -> None:
         try:
             app(standalone_mode=True)

@@ -1,0 +1,272 @@
+"""Load on the HTTP front end of a bundle: what it carries, what it refuses, how long people wait, and its memory.
+
+    python tools/bench_serving.py fashion-w8a8 --seconds 30 --out tools/results/serving.json
+
+Starts `accuquant-serve http BUNDLE` on the loopback and asks it for single pictures. First in a closed loop: as many
+clients as fill two batches ask again as soon as they are answered, or as a refusal allows; its throughput is called
+capacity. Then in open loops: requests arrive at random (Poisson) at 0.5, 1 and 2 times that rate, whether or not others
+are answered. Latency counts from the moment a request was due. It must hold, or the exit code is 1, that every request
+was answered; that those which got no picture were refused with 429 and told when to come again; and that the slowest
+hundredth of the accepted was within the deadline. The load's own process shares the machine, and so does whatever else
+runs: the load average stands in the JSON.
+"""
+
+import asyncio
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from accuquant.runtime.bundle import Bundle
+from accuquant.runtime.console import command, console, machine_facts
+from accuquant.runtime.errors import AccuQuantError
+from accuquant.runtime.files import write_text
+from rich.table import Table
+
+SERVE = "import sys; sys.argv[0] = 'accuquant-serve'; from accuquant.runtime.cli_serve import main; main()"
+MARGIN = 10.0  # seconds after the deadline at which an answer counts as lost
+
+
+@dataclass
+class Tally:
+    """What became of the requests of one phase. `status` 0: the connection broke or no answer came."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    accepted: list[float] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)
+    untold: int = 0  # refusals without Retry-After
+
+    def add(self, status: int, seconds: float, told: float | None) -> None:
+        self.statuses[status] += 1
+        if status == 200:
+            self.accepted.append(seconds)
+        elif status == 429:
+            self.refused.append(seconds)
+            self.untold += told is None
+
+
+@dataclass(frozen=True)
+class Target:
+    host: str
+    port: int
+    deadline: float
+
+    async def _exchange(self, head: str, body: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        try:
+            writer.write(head.encode() + body)
+            return await reader.read()
+        finally:
+            writer.close()
+
+    async def picture(self, seed: int) -> tuple[int, float | None]:
+        """Status of a request for one picture, and in how many seconds to come again, if that is said."""
+        body = json.dumps({"seed": seed}).encode()
+        head = (
+            f"POST /v1/images/generations HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        try:
+            async with asyncio.timeout(self.deadline + MARGIN):
+                answer = await self._exchange(head, body)
+        except (OSError, TimeoutError):
+            return 0, None
+        top, _, content = answer.partition(b"\r\n\r\n")
+        status = int(top.split()[1]) if top.startswith(b"HTTP/1.1 ") else 0
+        if status == 200 and not (content.startswith(b"{") and content.endswith(b"}")):
+            return 0, None
+        told = re.search(rb"\r\nretry-after: (\d+)", top.lower())
+        return status, float(told[1]) if told else None
+
+    async def memory(self) -> float:
+        """Resident bytes of the server, by its own account."""
+        head = f"GET /metrics HTTP/1.1\r\nHost: {self.host}\r\nConnection: close\r\n\r\n"
+        text = (await self._exchange(head, b"")).decode()
+        found = re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+
+async def closed_loop(target: Target, clients: int, seconds: float) -> Tally:
+    """Every client asks again as soon as it has its picture, or after as long as a refusal says."""
+    tally, end, seeds = Tally(), time.monotonic() + seconds, iter(range(10**9))
+
+    async def client() -> None:
+        while time.monotonic() < end:
+            begun = time.monotonic()
+            status, told = await target.picture(next(seeds))
+            tally.add(status, time.monotonic() - begun, told)
+            if status != 200:
+                await asyncio.sleep(told or 1.0)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return tally
+
+
+async def open_loop(target: Target, rate: float, seconds: float, seed: int) -> Tally:
+    """Requests arrive at random, `rate` a second on average; returns when the last is answered."""
+    tally, draw, begun = Tally(), random.Random(seed), time.monotonic()
+
+    async def one(due: float, number: int) -> None:
+        status, told = await target.picture(number)
+        tally.add(status, time.monotonic() - due, told)
+
+    due, asked = begun, []
+    while (due := due + draw.expovariate(rate)) < begun + seconds:
+        await asyncio.sleep(due - time.monotonic())
+        asked.append(asyncio.create_task(one(due, len(asked))))
+    await asyncio.gather(*asked)
+    return tally
+
+
+@asynccontextmanager
+async def watched(target: Target) -> AsyncIterator[list[float]]:
+    """The server's memory, once a second while the block runs."""
+    seen: list[float] = []
+
+    async def watch() -> None:
+        while True:
+            seen.append(await target.memory())
+            await asyncio.sleep(1.0)
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield seen
+    finally:
+        watching.cancel()
+
+
+async def phase(
+    name: str, target: Target, load: Callable[[], Awaitable[Tally]], offered: float | None
+) -> dict[str, Any]:
+    begun = time.monotonic()
+    async with watched(target) as memory:
+        tally = await load()
+    lasted = time.monotonic() - begun
+    return {
+        "phase": name,
+        "offered_per_second": offered,
+        "lasted_seconds": lasted,
+        "requests": sum(tally.statuses.values()),
+        "statuses": {str(status): count for status, count in sorted(tally.statuses.items())},
+        "pictures_per_second": len(tally.accepted) / lasted,
+        "accepted_seconds": percentiles(tally.accepted),
+        "refused_seconds": percentiles(tally.refused),
+        "refusals_without_retry_after": tally.untold,
+        "memory_mib": [round(value / 2**20, 1) for value in memory],
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    if not seconds:
+        return {"n": 0}
+    shown = {f"p{q}": float(np.percentile(seconds, q)) for q in (50, 95, 99)}
+    return {"n": len(seconds)} | shown | {"max": max(seconds)}
+
+
+def faults(results: list[dict[str, Any]], deadline: float) -> list[str]:
+    """What did not hold, in words; empty if all did."""
+    found = []
+    for result in results:
+        strange = {status: count for status, count in result["statuses"].items() if status not in ("200", "429")}
+        if strange:
+            found.append(f"{result['phase']}: answers other than a picture or 429: {strange} (0: none at all)")
+        if result["refusals_without_retry_after"]:
+            found.append(f"{result['phase']}: refusals do not say when to come again")
+        if result["accepted_seconds"].get("p99", 0.0) > deadline:
+            found.append(f"{result['phase']}: p99 of the accepted is beyond the deadline of {deadline:g} s")
+    return found
+
+
+def started(arguments: list[str]) -> tuple[subprocess.Popen[str], str, int]:
+    """The server's process, once it listens, with host and port."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, "http", *arguments, "--port", "0"], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if found := re.search(r"listening on http://(\S+):(\d+) ", line):
+            return process, found[1], int(found[2])
+    raise AccuQuantError(f"the server did not start: {''.join(said)[-500:]}")
+
+
+async def measure(target: Target, batch: int, seconds: float, factors: list[float]) -> list[dict[str, Any]]:
+    clients = 2 * batch
+    results = [await phase(f"closed, {clients} clients", target, lambda: closed_loop(target, clients, seconds), None)]
+    capacity = results[0]["pictures_per_second"]
+    if not capacity:
+        raise AccuQuantError(f"nothing was painted in {seconds:g} s ({results[0]['statuses']}); give more --seconds")
+    for number, factor in enumerate(factors):
+        rate = factor * capacity
+        load = lambda rate=rate, number=number: open_loop(target, rate, seconds, number)  # noqa: E731
+        results.append(await phase(f"open, {factor:g} x capacity", target, load, rate))
+    return results
+
+
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="Folder written by accuquant-export.")],
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("serving.json"),
+    seconds: Annotated[float, typer.Option(min=1, help="Of every phase.")] = 30.0,
+    factors: Annotated[str, typer.Option(help="Open loops, times the capacity, with commas.")] = "0.5,1,2",
+    batch: Annotated[int, typer.Option(min=1)] = 4,
+    queue: Annotated[int, typer.Option(min=1)] = 16,
+    deadline: Annotated[float, typer.Option(min=0.1)] = 30.0,
+    threads: Annotated[int, typer.Option(min=0, help="Of the engine; 0: all cores.")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Measure the HTTP front end under load. Exit code 1 if a request was lost or refused without a word."""
+    manifest = Bundle(bundle).manifest
+    settings = {"batch": batch, "queue": queue, "deadline": deadline, "threads": threads}
+    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    process, host, port = started([str(bundle), *options])
+    try:
+        results = asyncio.run(
+            measure(Target(host, port, deadline), batch, seconds, [float(part) for part in factors.split(",")])
+        )
+    finally:
+        process.terminate()
+        stopped = process.wait(60)
+    wrong = faults(results, deadline) + ([] if stopped == 0 else [f"SIGTERM ended it with {stopped}"])
+    versions = {name: metadata.version(name) for name in ("fastapi", "uvicorn", "openvino")}
+    report = {
+        "schema_version": 1, "machine": machine_facts(), "versions": versions,
+        "bundle": {"name": bundle.resolve().name, "scheme": manifest.scheme, "sampler": manifest.sampler},
+        "settings": settings | {"seconds": seconds}, "results": results, "faults": wrong,
+    }  # fmt: skip
+    write_text(out, json.dumps(report, indent=1) + "\n")
+    console.print(_table(results))
+    for sentence in wrong or ["every request was answered: with a picture, or with 429 and when to come again"]:
+        console.print(sentence)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _table(results: list[dict[str, Any]]) -> Table:
+    table = Table()
+    for column in ("phase", "requests", "pictures/s", "refused", "p50", "p95", "p99", "memory"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for r in results:
+        waits = [f"{r['accepted_seconds'].get(q, float('nan')):.2f} s" for q in ("p50", "p95", "p99")]
+        memory = f"{r['memory_mib'][0]:.0f} to {r['memory_mib'][-1]:.0f} MiB" if r["memory_mib"] else "-"
+        refused = str(r["statuses"].get("429", 0))
+        table.add_row(r["phase"], str(r["requests"]), f"{r['pictures_per_second']:.2f}", refused, *waits, memory)
+    return table
+
+
+if __name__ == "__main__":
+    command(bench)()
