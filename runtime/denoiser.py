@@ -3,10 +3,10 @@
     o = o_0 + g (o_c - o_0),        o_c = f(x, t; c),  o_0 = f(x, t; nothing)
 
 With guidance (Ho and Salimans, 2022) both outputs come from one engine call of twice the batch: first the rows under
-their condition, then the same rows under none.
+their condition, then the same rows under none. Its strength and what stands for none are every sample's own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -19,23 +19,34 @@ def engine_batch(batch: int, guidance: float) -> int:
 
 
 class Denoiser:
-    """An engine whose batch is `engine_batch(batch, guidance)`, called with `batch` latents."""
+    """An engine whose batch is `engine_batch(batch, guidance)`, called with `batch` latents.
+
+    `guidance` is that of all samples until `guided_by` gives each its own; an engine for 1 has no rows to guide with.
+    """
 
     def __init__(self, engine: Engine, batch: int, guidance: float = 1.0) -> None:
         self.engine, self.batch, self.guidance = engine, batch, guidance
-        self._guided = guidance != 1.0
+        self.is_guided = guidance != 1.0
+        self._strength = np.float32(guidance) * np.ones((batch, 1, 1, 1), np.float32)
         self._fed = {port.name: np.zeros(port.shape, port.dtype) for port in engine.inputs}
 
     def under(self, name: str, rows: np.ndarray, free: np.ndarray | None = None) -> None:
-        """Put the next calls under a condition: `rows` (batch, ...) for input `name`; if guided, `free` (...) too."""
+        """Put the next calls under a condition: `rows` (batch, ...) for input `name`; if guided, `free` too.
+
+        `free` is (...), or (batch, ...) where samples differ in what stands for none.
+        """
         self._fed[name][: self.batch] = rows
-        if self._guided:
+        if self.is_guided:
             self._fed[name][self.batch :] = free
+
+    def guided_by(self, strengths: Sequence[float]) -> None:
+        """Guide the next calls' samples by `strengths` (batch,)."""
+        self._strength = np.asarray(strengths, np.float32).reshape(-1, 1, 1, 1)
 
     def feed(self, x: np.ndarray, timestep: float) -> Mapping[str, np.ndarray]:
         """The engine's inputs for latents (batch, C, H, W): always the same arrays, filled anew."""
         self._fed["x"][: self.batch] = x
-        if self._guided:
+        if self.is_guided:
             self._fed["x"][self.batch :] = x
         self._fed["t"].fill(timestep)
         return self._fed
@@ -43,8 +54,8 @@ class Denoiser:
     def __call__(self, x: np.ndarray, timestep: float) -> np.ndarray:
         """The prediction, guided where asked, as an array of its own."""
         out = self.engine.run(self.feed(x, timestep))
-        if not self._guided:
+        if not self.is_guided:
             return out.copy()  # multistep samplers keep outputs, the engine's buffer is overwritten by the next call
         free = out[self.batch :]
-        guided: np.ndarray = free + np.float32(self.guidance) * (out[: self.batch] - free)
+        guided: np.ndarray = free + self._strength * (out[: self.batch] - free)
         return guided

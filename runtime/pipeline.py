@@ -18,6 +18,7 @@ from .errors import AccuQuantError
 from .plan import SamplingPlan
 
 OnStep = Callable[[int, int, np.ndarray], None]  # samples finished before this batch, steps done, latents
+OnOutput = Callable[[int, np.ndarray, np.ndarray], None]  # row of the plan, its latents, the network's output
 
 
 class Pipeline:
@@ -25,7 +26,8 @@ class Pipeline:
 
     A sample depends on its seed and condition alone: neither on its neighbours nor on where in a batch it stands.
     `plan` is the bundle's own unless given; a bundle whose graphs look timesteps up takes no others. `guidance` is what
-    the bundle was calibrated with unless given; other than 1, every step calls the network with twice the batch.
+    the bundle was calibrated with unless given; other than 1, every step calls the network with twice the batch, and
+    samples may each have their own.
 
     Raises:
         AccuQuantError: a plan that visits timesteps the graphs do not know; guidance of a network that cannot be
@@ -66,21 +68,26 @@ class Pipeline:
         *,
         classes: Sequence[int] | None = None,
         prompts: Sequence[str] | None = None,
-        unwanted: str = "",
+        unwanted: str | Sequence[str] = "",
+        guidance: Sequence[float] | None = None,
+        on_output: OnOutput | None = None,
     ) -> np.ndarray:
         """Final latents, float32 (len(seeds), C, H, W), in the order of `seeds`.
 
         `classes` or `prompts` holds one for every seed, whichever the network takes; without it seed s is sampled under
-        class s mod classes, or the bundle's example s mod examples. `unwanted` is a negative prompt for all.
+        class s mod classes, or the bundle's example s mod examples. `unwanted` is a negative prompt, for all
+        or for every seed. `guidance` has a strength for every seed, of a pipeline that was opened with guidance.
+        `on_step` and `on_output` see whole batches, filled-up rows too, and may raise to stop.
 
         Raises:
-            AccuQuantError: a seed or class out of range, a condition of the other kind, or values that are not finite;
-                names the step.
+            AccuQuantError: a seed or class out of range, a condition of the other kind, guidance or a negative prompt
+                without the engine for it, or values that are not finite; names the step.
         """
         wrong = [s for s in seeds if not 0 <= s < 2**64]
         if wrong:
             raise AccuQuantError(f"seed {wrong[0]} is out of range; seeds are whole numbers from 0 to 2^64 - 1")
         condition, free = self._condition(seeds, classes, prompts, unwanted)
+        strengths = self._strengths(seeds, guidance)
         results = []
         for first in range(0, len(seeds), self.batch):
             last = min(first + self.batch, len(seeds)) - 1
@@ -88,8 +95,9 @@ class Pipeline:
             rows = [min(i, last) for i in range(first, first + self.batch)]
             chosen = [seeds[i] for i in rows]
             if self.conditions is not None and condition is not None:
-                self.denoiser.under(self.conditions.name, condition[rows], free)
-            results.append(self._sample(chosen, first, on_step)[: last + 1 - first])
+                self.denoiser.under(self.conditions.name, condition[rows], None if free is None else free[rows])
+                self.denoiser.guided_by([strengths[i] for i in rows])
+            results.append(self._sample(chosen, first, on_step, on_output)[: last + 1 - first])
         return np.concatenate(results)
 
     def pictures(self, latents: np.ndarray) -> np.ndarray:
@@ -101,9 +109,9 @@ class Pipeline:
         seeds: Sequence[int],
         classes: Sequence[int] | None,
         prompts: Sequence[str] | None,
-        unwanted: str,
+        unwanted: str | Sequence[str],
     ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """A row of the condition for every seed, and the one that stands for none."""
+        """For every seed a row of the condition and, if guided, one that stands for none."""
         asked: dict[str, Sequence[Any]] = {}
         takes = "no condition" if self.conditions is None else self.conditions.takes
         for kind, given in (("classes", classes), ("prompts", prompts)):
@@ -114,20 +122,36 @@ class Pipeline:
             if len(given) != len(seeds):
                 raise AccuQuantError(f"{len(given)} {kind} for {len(seeds)} seeds; give one for each")
             asked[kind] = given
-        guided = self.denoiser.guidance != 1.0
-        if unwanted and not guided:
+        avoided = [unwanted] * len(seeds) if isinstance(unwanted, str) else list(unwanted)
+        if len(avoided) != len(seeds):
+            raise AccuQuantError(f"{len(avoided)} negative prompts for {len(seeds)} seeds; give one for each")
+        if any(avoided) and not self.denoiser.is_guided:
             raise AccuQuantError("a negative prompt takes effect through guidance; give a guidance above 1 with it")
         if self.conditions is None:
             return None, None
         rows = self.conditions.rows(asked.get(takes, self.conditions.wishes(seeds)))
-        return rows, self.conditions.free(unwanted) if guided else None
+        if not self.denoiser.is_guided:
+            return rows, None
+        return rows, np.stack([self.conditions.free(text) for text in avoided])
 
-    def _sample(self, seeds: Sequence[int], first: int, on_step: OnStep | None) -> np.ndarray:
+    def _strengths(self, seeds: Sequence[int], guidance: Sequence[float] | None) -> Sequence[float]:
+        strengths = [self.denoiser.guidance] * len(seeds) if guidance is None else guidance
+        if len(strengths) != len(seeds):
+            raise AccuQuantError(f"{len(strengths)} guidances for {len(seeds)} seeds; give one for each")
+        for strength in strengths:
+            check_guidance(self.bundle.manifest.conditioning, strength)
+            if strength != 1.0 and not self.denoiser.is_guided:
+                raise AccuQuantError(f"guidance {strength:g} was asked, but the engine was opened for none")
+        return strengths
+
+    def _sample(
+        self, seeds: Sequence[int], first: int, on_step: OnStep | None, on_output: OnOutput | None
+    ) -> np.ndarray:
         def after(i: int, x: np.ndarray) -> None:
             if on_step is not None:
                 on_step(first, i + 1, x)
 
-        return self.plan.sample(self.denoiser, lambda j: noise.batch(seeds, j, self.shape), after)
+        return self.plan.sample(self.denoiser, lambda j: noise.batch(seeds, j, self.shape), after, on_output)
 
     def _check_timesteps(self) -> None:
         unknown = sorted(self.plan.timesteps - self.bundle.plan.timesteps)

@@ -10,6 +10,7 @@ multistep family have a few. Both tables are sparse, so the sampler keeps exactl
 needs. The same rows drive the torch simulation, the checks and every engine.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +73,32 @@ class SamplingPlan(BaseModel):
                 last[j] = max(last[j], i)
         return tuple(last)
 
+    @cached_property
+    def _ends(self) -> tuple[tuple[float, float], ...]:
+        """(A, B) of every row: A x_i + B o_i is where the chain would end if the network went on to say o_i.
+
+        Of noise predictions A is 1 / alpha_i. Networks are trained on inputs of unit variance, which tells the share of
+        noise in s_i x_i also where the sampler adds noise of its own: sigma_i^2 = 1 - (s_i / A)^2.
+        """
+        ends, a, b = [], 1.0, 0.0
+        for step in reversed(self.steps):
+            b += a * sum(step.b.values())
+            a *= step.a
+            noise = math.sqrt(max((a / step.input_scale) ** 2 - 1.0, 0.0))
+            ends.append((a, -noise if self.prediction_type == "epsilon" else b))
+        return tuple(reversed(ends))
+
+    def glance(self, i: int, x: np.ndarray, output: np.ndarray) -> np.ndarray:
+        """The picture that the network sees in x_i, judging by its output of row i; arrays of any one shape.
+
+        Exact of predictions of noise, samples and flows. Of v_prediction it is where the chain would end if the output
+        stayed as it is.
+        """
+        if self.prediction_type in ("sample", "preconditioned"):
+            return output
+        a, b = self._ends[i]
+        return np.asarray(a * x + b * output, dtype=np.float32)
+
     def advance(self, i: int, x: Array, outputs: Mapping[int, Array], noise: Callable[[int], Array]) -> Array:
         """x_{i+1} from x_i, the live outputs by index and noise(j), which is called only where c_ij is not zero."""
         step = self.steps[i]
@@ -87,8 +114,11 @@ class SamplingPlan(BaseModel):
         network: Callable[[np.ndarray, float], np.ndarray],
         noise: Callable[[int], np.ndarray],
         on_step: Callable[[int, np.ndarray], None] | None = None,
+        on_output: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
     ) -> np.ndarray:
-        """Run every row. `noise(-1)` starts the chain, `noise(j)` is step j's; `on_step(i, x_{i+1})` may raise to stop.
+        """Run every row. `noise(-1)` starts the chain, `noise(j)` is step j's.
+
+        `on_output(i, x_i, o_i)` follows the network, `on_step(i, x_{i+1})` the row; either may raise to stop.
 
         Raises:
             AccuQuantError: the latent is not finite after a step; the message names the step.
@@ -98,6 +128,8 @@ class SamplingPlan(BaseModel):
         for i, step in enumerate(self.steps):
             scaled = x if step.input_scale == 1.0 else x * np.float32(step.input_scale)
             live[i] = network(scaled, step.timestep)
+            if on_output is not None:
+                on_output(i, x, live[i])
             x = np.asarray(self.advance(i, x, live, noise), dtype=np.float32)
             if not np.isfinite(x).all():
                 raise AccuQuantError(

@@ -57,6 +57,25 @@ def test_a_negative_prompt_takes_the_place_of_none(bundle):
         pipeline.generate([3], unwanted="blue")
 
 
+def test_guidance_and_negative_prompts_of_strangers_in_a_batch_change_no_picture(bundle):
+    with Pipeline(bundle, batch=4) as pipeline:
+        alone = pipeline.generate([9], prompts=["blue heart"], unwanted="red", guidance=[2.0])
+        among = pipeline.generate(
+            [1, 9, 9, 9],
+            prompts=["red apple", "blue heart", "blue heart", "blue heart"],
+            unwanted=["blue", "red", "", "red"],
+            guidance=[5.0, 2.0, 2.0, 1.0],
+        )
+    np.testing.assert_array_equal(among[1], alone[0])
+    assert np.abs(among[2] - alone[0]).max() > 1e-3
+    assert np.abs(among[3] - alone[0]).max() > 1e-3
+
+
+def test_an_engine_opened_without_guidance_refuses_it(bundle):
+    with Pipeline(bundle, batch=1, guidance=1.0) as pipeline, pytest.raises(AccuQuantError, match="opened for none"):
+        pipeline.generate([3], guidance=[2.0])
+
+
 def test_conditions_of_the_other_kind_are_refused(bundle, tiny_bundle):
     with Pipeline(bundle, batch=1) as pipeline, pytest.raises(AccuQuantError, match="the network takes prompts"):
         pipeline.generate([0], classes=[1])

@@ -63,3 +63,12 @@ def test_predictions_stay_when_the_engine_writes_again(x, guidance):
     kept = first.copy()
     denoiser(x + 1, 2.0)
     np.testing.assert_array_equal(first, kept)
+
+
+def test_every_sample_has_its_own_guidance_and_its_own_none(x):
+    denoiser = made(2, 3.0)
+    denoiser.under("y", np.array([1, 2]), np.array([4, 0]))
+    denoiser.guided_by([1.5, 1.0])
+    free, wanted = (x * np.array(y, np.float32).reshape(2, 1, 1, 1) + 7 for y in ([5, 1], [2, 3]))
+    expected = free + np.array([1.5, 1.0], np.float32).reshape(2, 1, 1, 1) * (wanted - free)
+    np.testing.assert_allclose(denoiser(x, 7.0), expected, rtol=1e-5)
