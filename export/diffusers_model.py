@@ -59,11 +59,11 @@ class EngineModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self._place.device  # type: ignore[union-attr, return-value]
+        return self._place.device  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._place.dtype  # type: ignore[union-attr, return-value]
+        return self._place.dtype  # type: ignore[return-value]
 
     @torch.no_grad()
     def forward(
@@ -177,9 +177,10 @@ class EngineTransformer(EngineModel):
 
     made = Transformer2DModelOutput
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor | float, *condition: Tensor | None, **named: Any) -> Any:
+    def forward(self, *latents: Any, hidden_states: Tensor | None = None, **named: Any) -> Any:
         """As EngineModel.forward."""
-        return super().forward(hidden_states, timestep, *condition, **named)
+        given = latents if hidden_states is None else (hidden_states, *latents)
+        return super().forward(*given, **named)
 
 
 def load_unet(bundle: Bundle | Path | str, **options: Any) -> EngineModel:

@@ -1,0 +1,1 @@
+"""Bundles in serving stacks; each module holds the same Pipeline. Never torch."""
