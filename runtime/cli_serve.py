@@ -1,6 +1,7 @@
-"""`accuquant-serve http BUNDLE...`: bundles in serving stacks; one subcommand for each."""
+"""`accuquant-serve http BUNDLE...`, `accuquant-serve triton BUNDLE`: bundles in serving stacks; a subcommand for each."""
 
 from .console import commands
 from .serve.cli_http import http
+from .serve.cli_triton import triton
 
-main = commands({"http": http}, "Serve bundles.")
+main = commands({"http": http, "triton": triton}, "Serve bundles.")

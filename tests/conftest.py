@@ -91,3 +91,21 @@ def tiny_checkpoint(tiny, tmp_path):
 def tiny_bundle(tiny, tmp_path_factory):
     """The tiny U-Net as a W4A8 bundle, made the way a user makes one (smoke preset)."""
     return tiny.export(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def text_model() -> ModuleType:
+    """A latent text-to-image model small enough for a test."""
+    return load_module("text_model")
+
+
+@pytest.fixture(scope="session")
+def class_bundle(tiny, tmp_path_factory):
+    """A guided, class-conditional DiT as a bundle; its checkpoint lies beside it."""
+    return tiny.export_classes(tmp_path_factory.mktemp("classes"))
+
+
+@pytest.fixture(scope="session")
+def text_bundle(text_model, tmp_path_factory):
+    """A guided, latent text-to-image model as a bundle."""
+    return text_model.export(tmp_path_factory.mktemp("text"))

@@ -9,6 +9,7 @@ import torch
 import yaml
 from accuquant.calibrate.families.ddim import role_of
 from accuquant.calibrate.families.ddim_unet import UNet, UNetConfig
+from accuquant.calibrate.families.dit_net import DiT, DitConfig
 from accuquant.calibrate.journal import Journal
 from accuquant.calibrate.layers import QuantizedOperator, quantize_operators
 from accuquant.calibrate.optimize import Outcome, Report, calibrate
@@ -112,6 +113,34 @@ def export(folder: Path, weight_bits: int = 4, *, time_table: bool = True, targe
         steps=6,
         pictures=8,
         time_table=time_table,
+    )
+    return build(request, prepare_request(request), lambda *_: None).bundle
+
+
+def save_class_checkpoint(folder: Path, classes: int) -> Path:
+    """A DiT of 8x8 with weights of unit gain, so that its predictions are about as large as noise."""
+    network = DiT(DitConfig(size=8, patch=2, channels=1, width=32, depth=2, heads=2, hidden=64, classes=classes))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            gain = 0.3 if name.startswith(("final_layer", "blocks")) and "adaLN" in name else 1.0
+            p.normal_(0.0, gain * p[0].numel() ** -0.5 if p.ndim > 1 else 0.1, generator=generator)
+        network.final_layer.linear.weight.mul_(0.3)  # untrained and guided, it would make latents without bound
+    torch.save(network.state_dict(), folder / "classes.pt")
+    (folder / "classes.yml").write_text("num_heads: 2")
+    return folder / "classes.pt"
+
+
+def export_classes(folder: Path, classes: int = 4) -> Bundle:
+    """That DiT as a W8A8 bundle of four steps and guidance 2.5."""
+    request = Request(
+        checkpoint=save_class_checkpoint(folder, classes),
+        out=folder / "bundle",
+        scheme=QuantScheme(weight_bits=8, activation_bits=8),
+        spec=CalibrationSpec(**PRESETS["smoke"]),
+        steps=4,
+        pictures=8,
+        guidance=2.5,
     )
     return build(request, prepare_request(request), lambda *_: None).bundle
 

@@ -1,1 +1,1 @@
-"""Bundles behind HTTP, in the form of the OpenAI images API. Needs the extra `accuquant[serve]`; never torch."""
+"""Bundles in serving stacks; each module holds the same Pipeline. Never torch."""

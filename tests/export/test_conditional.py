@@ -5,13 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from accuquant.calibrate.families import load_model
-from accuquant.calibrate.families.dit_net import DiT, DitConfig
-from accuquant.calibrate.scheme import QuantScheme
-from accuquant.calibrate.spec import PRESETS, CalibrationSpec
 from accuquant.calibrate.trajectory import simulate
-from accuquant.export import build as building
 from accuquant.export.compare import compare
 from accuquant.runtime import cli_bench, cli_sample
 from accuquant.runtime.bundle import ByClass
@@ -21,34 +16,14 @@ from accuquant.runtime.pipeline import Pipeline
 GUIDED = ByClass(classes=4, null=4, guidance=2.5)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A DiT with weights of unit gain, so that its predictions are about as large as noise."""
-    folder = tmp_path_factory.mktemp("classes")
-    network = DiT(DitConfig(size=8, patch=2, channels=1, width=32, depth=2, heads=2, hidden=64, classes=4))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            gain = 0.3 if name.startswith(("final_layer", "blocks")) and "adaLN" in name else 1.0
-            p.normal_(0.0, gain * p[0].numel() ** -0.5 if p.ndim > 1 else 0.1, generator=generator)
-        network.final_layer.linear.weight.mul_(0.3)  # untrained and guided, it would make latents without bound
-    torch.save(network.state_dict(), folder / "classes.pt")
-    (folder / "classes.yml").write_text("num_heads: 2")
-    return folder / "classes.pt"
+@pytest.fixture
+def bundle(class_bundle):
+    return class_bundle
 
 
-@pytest.fixture(scope="module")
-def bundle(checkpoint, tmp_path_factory):
-    request = building.Request(
-        checkpoint=checkpoint,
-        out=tmp_path_factory.mktemp("guided") / "bundle",
-        scheme=QuantScheme(weight_bits=8, activation_bits=8),
-        spec=CalibrationSpec(**PRESETS["smoke"]),
-        steps=4,
-        pictures=8,
-        guidance=2.5,
-    )
-    return building.build(request, building.prepare(request), lambda *_: None).bundle
+@pytest.fixture
+def checkpoint(bundle):
+    return bundle.folder.parent / "classes.pt"
 
 
 def test_the_bundle_says_what_it_takes(bundle):
