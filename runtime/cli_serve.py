@@ -1,4 +1,4 @@
-"""`accuquant-serve http BUNDLE...`, `accuquant-serve triton BUNDLE`: bundles in serving stacks; a subcommand for each."""
+"""`accuquant-serve http BUNDLE...` and `accuquant-serve triton BUNDLE`: serving stacks, a subcommand for each."""
 
 from .console import commands
 from .serve.cli_http import http
