@@ -1,19 +1,21 @@
-"""Memory, time and size of an export at real sizes: U-Nets in their published configurations, with random weights.
+"""Memory, time and size of an export at real sizes: denoisers in their published configurations, with random weights.
 
-A case (shape, bits) runs in a process of its own, stage by stage, without calibration: ranges of plausible size stand
-for learned ones, which neither memory nor time depends on.
+A case (shape, bits) runs in a process of its own, stage by stage. Ranges of plausible size stand for learned ones,
+which neither memory nor time depends on; with --calibrate, one iteration of learning them comes first: M = 4 steps,
+batch 1, exact gradient, scales and zero points.
 
-    plausible ranges -> freeze -> trace_float -> lower -> check_target -> 16-bit rest -> save_graph -> check_graph
+    plausible ranges -> iteration -> freeze -> trace_float -> lower -> check_target -> 16-bit rest -> save -> check
 
-Weights are mapped from a file, as those of a checkpoint can be. The peak is the process's largest resident set (Linux:
-VmHWM), in which mapped pages count although they can be dropped; what cannot is given at the end of every stage
-(RssAnon), and --limit-gib limits it all the time (RLIMIT_DATA). A case that is estimated to need more than the machine
-has free is not begun, and recorded as such.
+Weights are mapped from a file, as those of a checkpoint can be. A stage's peak is the process's largest resident set
+in it (Linux: VmHWM), in which mapped pages count although they can be dropped; what cannot is given at the end of every
+stage (RssAnon), and --limit-gib limits it all the time (RLIMIT_DATA). A case that is estimated to need more than the
+machine has free is not begun, and recorded as such.
 
 With --compile the quantized graph goes through TensorRT-RTX ahead of time, for a GPU that need not be there; its peak
 is that of the compiler's own process (Linux counts what starts it as well: never less than 0.4 GiB).
 
     python tools/bench_export.py --shape sd15 --bits 8/8,4/8 --compile sm89 --out tools/results/export-sizes.json
+    python tools/bench_export.py --shape ldm4-imagenet,dit-xl2,sd15,sdxl --bits 4/8 --calibrate --limit-gib 24
 
 Convolutions and linear layers are quantized, the first and last convolution stay in float. Attention products do as
 well: diffusers computes them inside torch's scaled_dot_product_attention, which is no module. Rows of an older --out of
@@ -28,7 +30,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,9 +37,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from accuquant.calibrate.families import load_model
-from accuquant.calibrate.layers import QuantizedOperator, quantize_operators
+from accuquant.calibrate.layers import QuantizedOperator, fast_compute, quantization, quantize_operators
+from accuquant.calibrate.multistep import Group, GroupBatch, accumulate_gradient
 from accuquant.calibrate.recipe import freeze
-from accuquant.calibrate.scheme import QuantScheme, Role, TargetName, parse_bits
+from accuquant.calibrate.rounding import training_codes
+from accuquant.calibrate.scheme import QuantScheme, TargetName, parse_bits
+from accuquant.calibrate.trace import trace
 from accuquant.export.check_target import check_target
 from accuquant.export.facts import versions
 from accuquant.export.graph import save_graph, trace_float
@@ -49,89 +53,17 @@ from accuquant.runtime.console import console, machine_facts
 from accuquant.runtime.engines.compile_plan import CompileRequest, compile_plan
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.files import write_text
+from bench_calibration import BETAS, forget_peak, resident
 from rich.table import Table
+from shapes import SHAPES, parameters, random_network, role_of
 from torch import Tensor, nn
 
 BUNDLED = Path(__file__).parent / "reference" / "fashion-ddim.ckpt"
 BATCHES = (1, 2, 4)  # least, best, most; guidance needs two
 BESIDE = 3 * 2**30  # bytes: libraries, the exporter's own structures, the largest layer in a few forms
-
-
-class TextUNet(nn.Module):
-    """UNet2DConditionModel as a network of (x, t, context) and, for SDXL, the pooled text and the picture's sizes."""
-
-    def __init__(self, **config: Any) -> None:
-        super().__init__()
-        from diffusers import UNet2DConditionModel
-
-        self.unet = UNet2DConditionModel(**config)
-
-    def forward(
-        self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None
-    ) -> Tensor:
-        added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
-        return self.unet(x, t, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)[0]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A U-Net's configuration, where it departs from diffusers' defaults (SD 1.5's), and the shapes of what goes in."""
-
-    config: Mapping[str, Any]
-    sample: tuple[int, ...]
-    condition: Mapping[str, tuple[int, ...]]
-
-
-SHAPES: Mapping[str, Shape] = {
-    "sd15": Shape(
-        {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, (4, 64, 64), {"context": (77, 768)}
-    ),
-    "sdxl": Shape(
-        {
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        (4, 128, 128),
-        {"context": (77, 2048), "pooled": (1280,), "sizes": (6,)},
-    ),
-}
-
-
-def role_of(name: str) -> Role:
-    if name.endswith("conv_in"):
-        return "first"
-    if name.endswith("conv_out"):
-        return "last"
-    return "time" if "time_emb" in name or "add_embedding" in name else "body"
-
-
-def random_network(shape: Shape, folder: Path) -> nn.Module:
-    """The U-Net with seeded weights of unit gain, mapped from a file in `folder`."""
-    with torch.device("meta"):
-        network = TextUNet(**shape.config).eval().requires_grad_(False)
-    held = dict(network.named_parameters())
-    count = sum(p.numel() for p in held.values())
-    pool = torch.from_file(str(folder / "weights.bin"), shared=True, size=count)
-    generator, first = torch.Generator().manual_seed(0), 0
-    for name, parameter in held.items():
-        values = pool[first : first + parameter.numel()].view(parameter.shape)
-        first += parameter.numel()
-        if parameter.ndim > 1:
-            values.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            values.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        owner, _, leaf = name.rpartition(".")
-        setattr(network.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
-    return network
+KEY = ("shape", "scheme", "target", "calibrated")  # what rows of the report differ in
+GROUP = 4  # steps that an iteration simulates
+LEARNING = 9  # bytes a parameter that an iteration holds beside the weights: codes, their gradients, activations
 
 
 def plausible_ranges(operators: Mapping[str, QuantizedOperator]) -> None:
@@ -147,17 +79,32 @@ def plausible_ranges(operators: Mapping[str, QuantizedOperator]) -> None:
             weight.set_scale(largest.view_as(weight.scale).clamp(min=1e-8) / weight.grid.q_max)
 
 
-def resident(field: str) -> int:
-    """A field of /proc/self/status in bytes: VmHWM is the resident set's peak, RssAnon what of it cannot be dropped."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
+def one_iteration(
+    network: nn.Module,
+    operators: dict[str, QuantizedOperator],
+    sample: tuple[int, ...],
+    condition: Mapping[str, Tensor],
+) -> None:
+    """Simulate GROUP steps of DDIM with 20 from the middle of the chain, batch 1, and leave the exact gradient."""
+    plan = trace("ddim", {**BETAS, "prediction_type": "epsilon", "timestep_spacing": "leading"}, 20)
+    weights = [op.weight_quantizer for op in operators.values() if op.weight_quantizer is not None]
+    x = torch.randn(1, *sample, generator=torch.Generator().manual_seed(1))
+    data = GroupBatch(x, torch.zeros_like(x), {}, lambda j: torch.zeros_like(x), condition=condition)
+    compute = fast_compute(next(network.parameters()).device)
+    with quantization(operators, True, compute), training_codes(weights):
+        accumulate_gradient(network, plan, Group(8, 8 + GROUP), data)
+    for operator in operators.values():
+        operator.zero_grad(set_to_none=True)
 
 
-def export_case(name: str, bits: tuple[int, int], target: TargetName, folder: Path) -> dict[str, Any]:
+def export_case(
+    name: str, bits: tuple[int, int], target: TargetName, folder: Path, calibrate: bool = False
+) -> dict[str, Any]:
     """Export into `folder`, in this process; what it took, stage by stage."""
     stages: dict[str, dict[str, float]] = {}
 
     def stage(title: str, work: Callable[[], Any]) -> Any:
+        forget_peak()
         begun = time.perf_counter()
         result = work()
         stages[title] = {
@@ -170,14 +117,15 @@ def export_case(name: str, bits: tuple[int, int], target: TargetName, folder: Pa
     roles, sample, condition = role_of, (), dict[str, Tensor]()
     if name in SHAPES:
         network = stage("random weights", lambda: random_network(SHAPES[name], folder))
-        sample = SHAPES[name].sample
-        condition = {key: torch.zeros(1, *size) for key, size in SHAPES[name].condition.items()}
+        roles, sample, condition = SHAPES[name].role_of, SHAPES[name].sample, dict(SHAPES[name].condition)
     else:
         loaded = stage("load", lambda: load_model(BUNDLED))
         network, roles, sample = loaded.network, loaded.role_of, loaded.sample_shape
-    parameters = sum(p.numel() for p in network.parameters())
+    count = sum(p.numel() for p in network.parameters())
     operators = quantize_operators(network, scheme, roles)
     stage("ranges", lambda: plausible_ranges(operators))
+    if calibrate:
+        stage(f"iteration, M = {GROUP}", lambda: one_iteration(network, operators, sample, condition))
     recipe = stage("freeze", lambda: freeze(operators, scheme, {}))
     float_graph = stage("trace", lambda: trace_float(network, operators, sample, condition))
     quantized, twin = stage("lower", lambda: lower(float_graph, recipe, target))
@@ -190,12 +138,12 @@ def export_case(name: str, bits: tuple[int, int], target: TargetName, folder: Pa
         stage(f"check {graph}", lambda graph=graph: check_graph(folder / f"{graph}.onnx"))
     (folder / "operators.json").write_text(json.dumps(list(recipe.facts.operators)))
     return {
-        "parameters": parameters,
+        "parameters": count,
         "operators": dict(Counter(facts.kind for facts in recipe.facts.operators.values())),
         "quantized_parameters": sum(codes.numel() for codes in recipe.codes.values()),
         "stages": stages,
         "seconds": sum(s["seconds"] for s in stages.values()),
-        "peak_bytes": resident("VmHWM"),
+        "peak_bytes": max(s["peak_bytes"] for s in stages.values()),
         "held_bytes": max(s["held_bytes"] for s in stages.values()),
         "files": {p.name: p.stat().st_size for p in sorted(folder.glob("*.onnx*"))},
     }
@@ -225,14 +173,11 @@ def compile_case(gpu: str, folder: Path, seconds: float) -> dict[str, Any]:
     }
 
 
-def needed(name: str) -> tuple[int, int, int]:
+def needed(name: str, calibrate: bool = False) -> tuple[int, int, int]:
     """Bytes that an export is estimated to hold, those that a compilation is, and those that this machine has free."""
-    count = 0
-    if name in SHAPES:
-        with torch.device("meta"):
-            count = sum(p.numel() for p in TextUNet(**SHAPES[name].config).parameters())
+    count = parameters(SHAPES[name]) if name in SHAPES else 0
     free = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable:"))
-    return count + BESIDE, 4 * count + BESIDE, int(free.split()[1]) * 1024
+    return (LEARNING if calibrate else 1) * count + BESIDE, 4 * count + BESIDE, int(free.split()[1]) * 1024
 
 
 def in_child(arguments: list[str], what: str, limit_gib: float) -> dict[str, Any]:
@@ -252,9 +197,10 @@ def in_child(arguments: list[str], what: str, limit_gib: float) -> dict[str, Any
 
 def main(
     out: Annotated[Path, typer.Option()] = Path("build/export-sizes.json"),
-    shape: Annotated[str, typer.Option(help="sd15, sdxl or bundled; several with commas.")] = "bundled",
+    shape: Annotated[str, typer.Option(help=f"Of {', '.join(SHAPES)}, bundled; several with commas.")] = "bundled",
     bits: Annotated[str, typer.Option(help="Weights/activations; several with commas.")] = "8/8,4/8",
     target: Annotated[str, typer.Option(help="tensorrt, cpu or onnxruntime.")] = "tensorrt",
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="One iteration of calibration, M = 4, first.")] = False,
     compile_for: Annotated[str, typer.Option("--compile", help="A GPU for TensorRT-RTX, such as sm89.")] = "",
     seconds: Annotated[float, typer.Option(help="How long a compilation may take.")] = 3600,
     limit_gib: Annotated[float, typer.Option(help="Memory of a case that cannot be dropped; given up beyond it.")] = 20,
@@ -267,7 +213,7 @@ def main(
         torch.set_num_threads(threads)
     if cell:
         resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gib * 2**30),) * 2)
-        case = export_case(shape, parse_bits(bits), target, work) if cell == "export" else None  # type: ignore[arg-type]
+        case = export_case(shape, parse_bits(bits), target, work, calibrate) if cell == "export" else None  # type: ignore[arg-type]
         print(json.dumps(case or compile_case(compile_for, work, seconds)))
         return
     if unknown := set(shape.split(",")) - {*SHAPES, "bundled"}:
@@ -286,7 +232,8 @@ def main(
     for name in shape.split(","):
         for pair in bits.split(","):
             key = {"shape": name, "scheme": "W{}A{}".format(*parse_bits(pair)), "target": target}
-            need, _, free = needed(name)
+            key |= {"calibrated": True} if calibrate else {}
+            need, _, free = needed(name, calibrate)
             row = {**key, "estimated_bytes": need}
             if need > min(free, limit_gib * 2**30):
                 row |= {"free_bytes": free}
@@ -294,18 +241,29 @@ def main(
             else:
                 console.print(f"{name} {pair}: begun; about {gib(need)} GiB are needed, {gib(free)} are free")
                 with tempfile.TemporaryDirectory(dir=work) as folder:
-                    row |= measured(name, pair, target, compile_for, Path(folder), seconds, limit_gib, threads)
-            rows = [r for r in rows if {k: r[k] for k in key} != key] + [row]
+                    row |= measured(
+                        name, pair, target, compile_for, Path(folder), seconds, limit_gib, threads, calibrate
+                    )
+            rows = [r for r in rows if any(r.get(k, False) != key.get(k, False) for k in KEY)] + [row]
             write_text(out, json.dumps({**report, "rows": rows}, indent=1) + "\n")
     console.print(table(rows))
 
 
 def measured(
-    name: str, pair: str, target: str, gpu: str, folder: Path, seconds: float, limit_gib: float, threads: int
+    name: str,
+    pair: str,
+    target: str,
+    gpu: str,
+    folder: Path,
+    seconds: float,
+    limit_gib: float,
+    threads: int,
+    calibrate: bool = False,
 ) -> dict[str, Any]:
     """A row of the report, from the two processes that make it."""
     shared = ["--shape", name, "--bits", pair, "--target", target, "--work", str(folder), "--threads", str(threads)]
-    row = in_child([*shared, "--cell", "export"], f"{name} {pair}", limit_gib)
+    learning = ["--calibrate"] if calibrate else []
+    row = in_child([*shared, *learning, "--cell", "export"], f"{name} {pair}", limit_gib)
     if not gpu or "peak_bytes" not in row:
         return row
     _, need, free = needed(name)
@@ -337,21 +295,35 @@ def gib(count: float) -> str:
 def table(rows: list[dict[str, Any]]) -> Table:
     """One line a case; sizes in GiB."""
     made = Table(title="Export: sizes and peaks in GiB")
-    exported = ("shape", "scheme", "parameters", "operators", "export peak", "held", "s", "twin", "quantized")
+    exported = (
+        "shape",
+        "scheme",
+        "parameters",
+        "operators",
+        "iteration",
+        "s",
+        "peak",
+        "held",
+        "s",
+        "twin",
+        "quantized",
+    )
     for column in (*exported, "compile peak", "s", "plan", "kernels"):
         made.add_column(column, justify="right")
     for row in rows:
         files, compiled = row.get("files"), row.get("compiled", {})
         if files is None:
             reason = "> " + gib(row.get("beyond_bytes", row["estimated_bytes"]))
-            made.add_row(row["shape"], row["scheme"], "-", "-", reason, *["-"] * 8)
+            made.add_row(row["shape"], row["scheme"], "-", "-", "-", "-", reason, *["-"] * 8)
             continue
         sizes = [gib(sum(size for f, size in files.items() if f.startswith(g))) for g in ("twin", "denoiser")]
+        learned = row["stages"].get(f"iteration, M = {GROUP}")
+        iteration = (gib(learned["peak_bytes"]), f"{learned['seconds']:.0f}") if learned else ("-", "-")
         kernels = ", ".join(f"{n} {kind}" for kind, n in compiled.get("operators_by_precision", {}).items())
         missing = ["refused" if "refused" in compiled else "-", *["-"] * 3]
         made.add_row(
             row["shape"], row["scheme"], f"{row['parameters'] / 1e6:.0f} M", str(sum(row["operators"].values())),
-            gib(row["peak_bytes"]), gib(row["held_bytes"]), f"{row['seconds']:.0f}", *sizes,
+            *iteration, gib(row["peak_bytes"]), gib(row["held_bytes"]), f"{row['seconds']:.0f}", *sizes,
             *([gib(compiled["peak_bytes"]), f"{compiled['seconds']:.0f}", gib(compiled["plan_bytes"]), kernels]
               if "seconds" in compiled else missing),
         )  # fmt: skip

@@ -37,14 +37,20 @@ def bench():
 @pytest.fixture
 def tiny_shape(bench, monkeypatch):
     """SDXL's inputs, at a size for tests."""
-    shape = bench.Shape(TINY, (4, 8, 8), {"context": (5, 8), "pooled": (4,), "sizes": (6,)})
+    import shapes
+
+    row = {"context": torch.zeros(1, 5, 8), "pooled": torch.zeros(1, 4), "sizes": torch.zeros(1, 6)}
+    shape = shapes.Shape(lambda: shapes.TextUNet(**TINY), (4, 8, 8), row)
     monkeypatch.setattr(bench, "SHAPES", {"tiny": shape})
     return shape
 
 
 def test_a_case_is_exported_stage_by_stage(bench, tiny_shape, tmp_path):
-    row = bench.export_case("tiny", (4, 8), "tensorrt", tmp_path)
+    row = bench.export_case("tiny", (4, 8), "tensorrt", tmp_path, calibrate=True)
+    stages = list(row["stages"])
+    assert stages.index("iteration, M = 4") == stages.index("freeze") - 1
     assert {"freeze", "trace", "lower", "check target", "save quantized", "check denoiser"} <= row["stages"].keys()
+    assert row["peak_bytes"] == max(s["peak_bytes"] for s in row["stages"].values())
     assert row["peak_bytes"] >= row["held_bytes"] >= max(s["held_bytes"] for s in row["stages"].values())
     assert set(row["files"]) == {"denoiser.onnx", "twin.onnx"}
     operators = json.loads((tmp_path / "operators.json").read_text())
@@ -52,6 +58,15 @@ def test_a_case_is_exported_stage_by_stage(bench, tiny_shape, tmp_path):
     assert not any(name.endswith(("conv_in", "conv_out")) for name in operators)
     assert any("add_embedding" in name for name in operators)
     assert row["quantized_parameters"] > 0.9 * row["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("sd15", 859.52), ("sdxl", 2567.46), ("ldm4-imagenet", 400.92), ("dit-xl2", 675.11)],
+)
+def test_shapes_are_the_published_ones(bench, name, millions):
+    """Counts of the originals: DiT's without the variance it learns, 24 thousand."""
+    assert bench.parameters(bench.SHAPES[name]) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
 def test_weights_are_mapped_from_their_file(bench, tiny_shape, tmp_path):
@@ -65,10 +80,11 @@ def test_weights_are_mapped_from_their_file(bench, tiny_shape, tmp_path):
 
 
 def test_a_case_that_does_not_fit_is_not_begun_and_said(bench, tiny_shape, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "needed", lambda name: (8 << 30, 9 << 30, 4 << 30))
+    monkeypatch.setattr(bench, "needed", lambda *_: (8 << 30, 9 << 30, 4 << 30))
     monkeypatch.setattr(bench, "in_child", lambda *_: pytest.fail("it was begun"))
     monkeypatch.setattr(bench, "SHAPES", {"sdxl": tiny_shape})
     arguments = {"shape": "sdxl", "bits": "8/8", "target": "tensorrt", "compile_for": "", "seconds": 1.0, "cell": ""}
+    arguments["calibrate"] = True
     bench.main(out=tmp_path / "sizes.json", limit_gib=20, threads=0, work=tmp_path / "work", **arguments)
     (row,) = json.loads((tmp_path / "sizes.json").read_text())["rows"]
     assert (row["shape"], row["scheme"]) == ("sdxl", "W8A8")
@@ -77,7 +93,7 @@ def test_a_case_that_does_not_fit_is_not_begun_and_said(bench, tiny_shape, tmp_p
 
 
 def test_a_graph_that_the_compiler_has_no_room_for_is_exported_only(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "needed", lambda name: (1 << 30, 8 << 30, 4 << 30))
+    monkeypatch.setattr(bench, "needed", lambda *_: (1 << 30, 8 << 30, 4 << 30))
     monkeypatch.setattr(bench, "in_child", lambda arguments, what, limit: {"peak_bytes": 1, "cell": arguments[-1]})
     row = bench.measured("sd15", "8/8", "tensorrt", "sm89", tmp_path, 1.0, 20, 0)
     assert row["cell"] == "export"
