@@ -13,6 +13,7 @@ from torch import Tensor
 from ...runtime.errors import AccuQuantError
 from ..checkpoint import read_checkpoint
 from ..model import DiffusionModel
+from ..unpickle import Foreign
 from . import adm, consistency, ddim, dit
 
 StateDict = Mapping[str, Tensor]
@@ -43,4 +44,6 @@ def load_model(path: Path, config: Path | None = None) -> DiffusionModel:
     keys = list(stored) if isinstance(stored, Mapping) else [f"a {type(stored).__name__}"]
     shown = ", ".join(str(k) for k in keys[:5]) + (", ..." if len(keys) > 5 else "")
     known = ", ".join(family.NAME for family in FAMILIES)
-    raise AccuQuantError(f"{path} is of no known family (it holds {shown}); known: {known}")
+    pickled = [k for k in keys if isinstance(stored, Mapping) and isinstance(stored[k], Foreign)]
+    hint = f"; {pickled[0]} is a pickled {stored[pickled[0]].name}, save its state dict alone" if pickled else ""
+    raise AccuQuantError(f"{path} is of no known family (it holds {shown}{hint}); known: {known}")
