@@ -50,8 +50,8 @@ def read_checkpoint(path: Path) -> Any:
         stored = read_torch_file(path)
     except RunsCodeError as error:
         raise AccuQuantError(
-            f"{path} asks for code to be run while loading ({error}), which no checkpoint needs and this tool never does; "
-            "load it nowhere else, and get the weights from a source that you trust, as .safetensors"
+            f"{path} asks for code to be run while loading ({error}), which no checkpoint needs and none gets "
+            "here; load it nowhere else, and get the weights from a source that you trust, as .safetensors"
         ) from error
     except OSError as error:
         raise AccuQuantError(f"{path} cannot be read: {error.strerror}") from error
