@@ -72,7 +72,7 @@ class Machine:
     """One pickle's run. `known` has the values and Knowns that names stand for; `refer` resolves persistent ids."""
 
     def __init__(self, known: Mapping[str, Any], refer: Callable[[Any], Any]) -> None:
-        self.known = CONTAINERS | known
+        self.known: dict[str, Any] = {**CONTAINERS, **known}
         self.refer = refer
         self.steps = 0
         self.stack: list[Any] = []
@@ -271,13 +271,11 @@ COLLECTED: Mapping[str, Callable[[list[Any]], Any]] = {
     "DICT": lambda items: _set({}, items),
     "FROZENSET": _frozen,
 }
-CONTAINERS = {
-    name: Known(name, build)
-    for name, build in {
-        "collections.OrderedDict": lambda given=(): _mapping(OrderedDict(), given),
-        "collections.defaultdict": lambda factory=None, given=(): _mapping({}, given),
-        "collections.Counter": lambda given=(): _mapping({}, given),
-        "builtins.set": lambda given=(): set(_frozen(_listed(given))),
-        "builtins.frozenset": lambda given=(): _frozen(_listed(given)),
-    }.items()
+BUILDS: Mapping[str, Callable[..., Any]] = {
+    "collections.OrderedDict": lambda given=(): _mapping(OrderedDict(), given),
+    "collections.defaultdict": lambda factory=None, given=(): _mapping({}, given),
+    "collections.Counter": lambda given=(): _mapping({}, given),
+    "builtins.set": lambda given=(): set(_frozen(_listed(given))),
+    "builtins.frozenset": lambda given=(): _frozen(_listed(given)),
 }
+CONTAINERS = {name: Known(name, build) for name, build in BUILDS.items()}

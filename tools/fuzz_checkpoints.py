@@ -6,8 +6,8 @@ pickle are dropped, repeated, exchanged or spliced with calls of `os.system` and
 negative; records are renamed, cut, doubled, deflated; fields of the archive's directory are overwritten.
 
 An execution is whatever Python's audit hooks report beyond the file being opened and mapped - an import, compiling,
-a process, another file - or one of the traps having been stepped on. A hang ends the process by a timer, a crash ends it
-by itself; both are counted against the file and the run goes on behind it. Files depend on seed, shape, number.
+a process, another file - or one of the traps having been stepped on. A hang ends the process by a timer, a crash ends
+it by itself; both are counted against the file and the run goes on behind it. Files depend on seed, shape and number.
 
     python tools/fuzz_checkpoints.py --files 100000 --out tools/results/fuzz-checkpoints.json
 """
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import types
+import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -167,7 +168,7 @@ def stacked(seed: bytes) -> tuple[bytes, ...]:
 def repack(contents: Iterable[tuple[str, bytes]], deflated: frozenset[int] = frozenset()) -> bytes:
     """A valid archive of these records."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as opened:
+    with zipfile.ZipFile(buffer, "w") as opened, warnings.catch_warnings(action="ignore"):  # of doubled names
         for n, (name, content) in enumerate(contents):
             kind = zipfile.ZIP_DEFLATED if n in deflated else zipfile.ZIP_STORED
             opened.writestr(zipfile.ZipInfo(name), content, compress_type=kind)
