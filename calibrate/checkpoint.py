@@ -1,10 +1,9 @@
 """Read a checkpoint file into tensors without ever executing what it holds, and put them into a network.
 
-safetensors, torch's format through `weights_only=True`, or the initialisers of an ONNX file. Nothing else: a file that
-wants to import a class is refused, not trusted.
+safetensors, torch's two formats through a reader of our own (archive.py, unpickle.py), or the initialisers of an ONNX
+file. Of classes that a torch file names, nothing is imported: they are names in what is read, and no more.
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..runtime.errors import AccuQuantError
+from .archive import read_torch_file
+from .unpickle import DamagedError, Foreign, RunsCodeError
 
 
 def read_checkpoint(path: Path) -> Any:
     """The object a checkpoint holds - a state dict, or the dict or list around one - with tensors on the CPU.
 
-    Of an ONNX file it is the onnx.ModelProto, without weights kept in other files.
+    Objects of classes (training frameworks leave them beside the weights) are `Foreign`: a name without content. Of an
+    ONNX file it is the onnx.ModelProto, without weights kept in other files.
 
     Raises:
-        AccuQuantError: missing, truncated, not a checkpoint, or one that needs code to be executed.
+        AccuQuantError: missing, truncated, not a checkpoint, one pickled object, or a file that runs commands.
     """
     if not path.exists():
         raise AccuQuantError(f"{path} does not exist")
@@ -45,16 +47,23 @@ def read_checkpoint(path: Path) -> Any:
         except (DecodeError, OSError) as error:
             raise AccuQuantError(f"{path} is not a readable ONNX file ({error}); copy it again") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own words advise to load without the safety; ours must not repeat them.
+        stored = read_torch_file(path)
+    except RunsCodeError as error:
         raise AccuQuantError(
-            f"{path} is no plain state dict: it is damaged, or asks for code to be run while loading, which this tool "
-            "never does; save its state dict alone, as .safetensors or with torch.save, and use that"
+            f"{path} asks for code to be run while loading ({error}), which no checkpoint needs and none gets "
+            "here; load it nowhere else, and get the weights from a source that you trust, as .safetensors"
         ) from error
-    except Exception as error:  # damaged archives and pickles fail in every way there is
+    except OSError as error:
+        raise AccuQuantError(f"{path} cannot be read: {error.strerror}") from error
+    except DamagedError as error:
         problem = "cut off" if _is_cut_archive(path) else "damaged, or not a torch checkpoint"
-        raise AccuQuantError(f"{path} is {problem} ({size:,} bytes, {type(error).__name__}); copy it again") from error
+        raise AccuQuantError(f"{path} is {problem} ({size:,} bytes; {error}); copy it again") from error
+    if isinstance(stored, Foreign):
+        raise AccuQuantError(
+            f"{path} is no state dict but a pickled object ({stored.name}), which only its own program can read; "
+            "save its state dict alone, as .safetensors or with torch.save, and use that"
+        )
+    return stored
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...runtime.errors import AccuQuantError
 from ..checkpoint import read_checkpoint
 from ..model import DiffusionModel
+from ..unpickle import Foreign
 from . import adm, consistency, ddim, dit, ldm
 
 StateDict = Mapping[str, Tensor]
@@ -40,7 +41,13 @@ def load_model(path: Path, config: Path | None = None) -> DiffusionModel:
         state = family.recognise(stored)
         if state is not None:
             return family.load(state, path, config)
-    keys = list(stored) if isinstance(stored, Mapping) else [f"a {type(stored).__name__}"]
-    shown = ", ".join(str(k) for k in keys[:5]) + (", ..." if len(keys) > 5 else "")
+    held = [_shown(*item) for item in stored.items()] if isinstance(stored, Mapping) else [f"a {type(stored).__name__}"]
+    shown = ", ".join(held[:5]) + (", ..." if len(held) > 5 else "")
     known = ", ".join(family.NAME for family in FAMILIES)
     raise AccuQuantError(f"{path} is of no known family (it holds {shown}); known: {known}")
+
+
+def _shown(key: Any, value: Any) -> str:
+    """A key, without what would steer a terminal, and why there are no weights behind it if that is known."""
+    name = "".join(c if c.isprintable() else "?" for c in f"{key!s:.80}")
+    return f"{name}: a pickled {value.name}, not read" if isinstance(value, Foreign) else name
