@@ -32,7 +32,7 @@ from ..calibrate.sensitivity import keep_sensitive
 from ..calibrate.spec import CalibrationSpec
 from ..calibrate.trace import trace
 from ..calibrate.trajectory import Trajectory, simulate
-from ..runtime.bundle import Bundle, Manifest, NetworkName, OperatorFacts, describe, save_manifest
+from ..runtime.bundle import Bundle, Manifest, NetworkName, OperatorFacts, describe, describe_rest, save_manifest
 from ..runtime.console import machine_facts
 from ..runtime.engines import open_engine
 from ..runtime.errors import AccuQuantError
@@ -176,6 +176,8 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         )
         times["fp sampling"], times["int sampling"] = comparison.seconds["twin"], comparison.seconds["denoiser"]
         _write_report(folder, request, prepared, recipe, outcome, comparison, alike, times)
+        files = describe_rest(folder, bundle.manifest.networks)  # with the report
+        save_manifest(folder, bundle.manifest.model_copy(update={"files": files}))
     shutil.rmtree(work, ignore_errors=True)
     return Result(Bundle(request.out), outcome, comparison, request.out / "report" / "index.html")
 
@@ -291,6 +293,7 @@ def _write_manifest(
 ) -> None:
     known = prepared.model.conditioning
     guided = "" if prepared.guidance == 1.0 else f", guidance {prepared.guidance:g}"
+    networks = describe(folder, graphs)
     save_manifest(
         folder,
         Manifest(
@@ -303,7 +306,8 @@ def _write_manifest(
             policy=request.scheme.policy,
             sampler=f"{request.sampler or prepared.model.default_sampler} ({prepared.plan.sampler}){guided}",
             timesteps="plan" if looked_up else "any",
-            networks=describe(folder, graphs),
+            networks=networks,
+            files=describe_rest(folder, networks),
             operators=operators,
             provenance=provenance,
             quality=parity,

@@ -8,16 +8,19 @@ compiled from the graphs on the machine that runs them.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import AccuQuantError
 from .files import sha256, write_text
+from .onnx_files import external_files
 from .plan import SamplingPlan
 
 NetworkName = Literal["denoiser", "twin", "text_encoder", "decoder"]
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
 TOKENIZER = "tokenizer.json"
 IN_TABLE = "table"  # the container of weights whose results are stored for every timestep instead
 
@@ -27,7 +30,7 @@ class NetworkFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    files: dict[str, str]
+    files: dict[str, str] = Field(min_length=1)
 
     @property
     def graph(self) -> str:
@@ -95,11 +98,11 @@ Conditioning = Annotated[ByClass | ByText, Field(discriminator="kind")]
 
 
 class Manifest(BaseModel):
-    """The contract between export and runtime."""
+    """The contract between export and runtime. `files` are all that belong to no network: names and digests."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     family: str
     found: str
     sample_shape: tuple[int, int, int]
@@ -110,27 +113,41 @@ class Manifest(BaseModel):
     sampler: str
     timesteps: Literal["any", "plan"] = "any"  # which ones the graphs know
     networks: dict[NetworkName, NetworkFile]
+    files: dict[str, str]
     operators: dict[str, OperatorFacts]
     provenance: dict[str, Any]
     quality: dict[str, Any]
 
 
 class Bundle:
-    """A bundle on disk, checked on opening: manifest understood, files present and unchanged."""
+    """A bundle on disk, checked on opening: manifest understood, files present and unchanged, none outside the folder.
+
+    Raises:
+        AccuQuantError: says which of that does not hold, and names the file.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        path = folder / "manifest.json"
-        if not path.exists():
+        path = folder / MANIFEST
+        if not path.is_file():
             raise AccuQuantError(f"{folder} is not a bundle: it has no manifest.json; make one with accuquant-export")
         try:
             self.manifest = Manifest.model_validate_json(path.read_text())
         except (ValidationError, UnicodeDecodeError) as error:
             raise AccuQuantError(f"{path} is not a manifest this version understands: {error}") from error
+        for name, digest in self.digests.items():
+            _check_file(folder, name, digest)
+        needed = {PLAN, TOKENIZER} if "text_encoder" in self.manifest.networks else {PLAN}
+        if needed - self.digests.keys():
+            raise AccuQuantError(f"{path} does not describe {', '.join(needed - self.digests.keys())}; export it again")
         for network in self.manifest.networks.values():
-            for name, digest in network.files.items():
-                _check_file(folder, name, digest)
-        self.plan = SamplingPlan.load(folder / "plan.json")
+            _check_graph(folder, network)
+        self.plan = SamplingPlan.load(folder / PLAN)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of every file that the manifest describes, by its name in the folder."""
+        return _digests(self.manifest.networks) | self.manifest.files
 
     def graph(self, network: NetworkName) -> Path:
         """Path of a network's graph.
@@ -162,15 +179,39 @@ def describe(folder: Path, graphs: Mapping[NetworkName, str]) -> dict[NetworkNam
     return described
 
 
+def describe_rest(folder: Path, networks: Mapping[NetworkName, NetworkFile]) -> dict[str, str]:
+    """Digests of all files in `folder` that belong to no network, for `Manifest.files`."""
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    return {name: sha256(folder / name) for name in sorted(names - {MANIFEST} - _digests(networks).keys())}
+
+
 def save_manifest(folder: Path, manifest: Manifest) -> None:
-    write_text(folder / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
+    write_text(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+
+
+def _digests(networks: Mapping[NetworkName, NetworkFile]) -> dict[str, str]:
+    return {name: digest for network in networks.values() for name, digest in network.files.items()}
 
 
 def _check_file(folder: Path, name: str, digest: str) -> None:
-    path = folder / name
-    if Path(name).name != name:
+    path, inside = folder / name, PurePosixPath(name)
+    # Neither another folder's file, nor the folder itself, nor a name that means something else on another system.
+    if inside.is_absolute() or {"..", "."} & set(name.split("/")) or not inside.parts or set(name) & set("\\:\0"):
         raise AccuQuantError(f"{folder}: the manifest names {name!r}, which is not a file of the bundle")
-    if not path.exists():
+    try:
+        present = path.is_file()
+    except OSError:  # no name that this system could have
+        present = False
+    if not present:
         raise AccuQuantError(f"{path} is missing; copy the bundle again, whole")
     if sha256(path) != digest:
         raise AccuQuantError(f"{path} is not the file the manifest describes (its digest differs); copy it again")
+
+
+def _check_graph(folder: Path, network: NetworkFile) -> None:
+    strange = external_files(folder / network.graph) - network.files.keys()
+    if strange:
+        raise AccuQuantError(
+            f"{folder / network.graph} reads {', '.join(map(repr, sorted(strange)))}, which the manifest does not name "
+            "as part of it; do not use this bundle"
+        )

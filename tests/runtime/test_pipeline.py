@@ -107,16 +107,40 @@ class TestBundle:
         with pytest.raises(AccuQuantError, match="surprise"):
             Bundle(copied)
 
-    def test_path_outside_the_bundle(self, copied):
+    @pytest.mark.parametrize(
+        "name", ["../twin.onnx", "/etc/passwd", "report/../../x", "..", ".", "", "a\\b", "C:x", "a\0b"]
+    )
+    @pytest.mark.parametrize("among", ["networks", "files"])
+    def test_path_outside_the_bundle(self, copied, name, among):
         manifest = json.loads((copied / "manifest.json").read_text())
-        digest = manifest["networks"]["twin"]["files"]["twin.onnx"]
-        manifest["networks"]["twin"]["files"] = {"../twin.onnx": digest}
+        if among == "networks":
+            manifest["networks"]["twin"]["files"] = {name: manifest["networks"]["twin"]["files"]["twin.onnx"]}
+        else:
+            manifest["files"][name] = manifest["files"]["plan.json"]
         (copied / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(AccuQuantError, match="not a file of the bundle"):
+            Bundle(copied)
+
+    def test_every_file_is_described(self, tiny_bundle):
+        present = {p.relative_to(tiny_bundle.folder).as_posix() for p in tiny_bundle.folder.rglob("*") if p.is_file()}
+        assert set(tiny_bundle.digests) == present - {"manifest.json"}
+        assert "report/index.html" in present
+
+    @pytest.mark.parametrize("name", ["plan.json", "recipe.json", "recipe.safetensors", "report/report.json"])
+    def test_a_changed_file_of_any_kind_is_found(self, copied, name):
+        with (copied / name).open("ab") as file:
+            file.write(b" ")
+        with pytest.raises(AccuQuantError, match="digest differs"):
             Bundle(copied)
 
     def test_truncated_plan(self, copied):
         text = (copied / "plan.json").read_text()
         (copied / "plan.json").write_text(text[: len(text) // 2])
         with pytest.raises(AccuQuantError, match=r"plan\.json"):
+            Bundle(copied)
+
+    def test_bundles_of_another_schema_are_refused(self, copied):
+        manifest = json.loads((copied / "manifest.json").read_text())
+        (copied / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 2}))
+        with pytest.raises(AccuQuantError, match="schema_version"):
             Bundle(copied)

@@ -30,7 +30,7 @@ class Hand:
     """A pipeline that paints by hand: flat pictures of a shade that the seed decides, one row of the plan a stroke.
 
     The twin paints one level lighter. While `hold` is not set, it waits before every stroke until `step` lets it make
-    one. `painted` holds the seeds of every batch that was begun.
+    one. `painted` holds the seeds of every batch that was begun, `asked` what else the last was called with.
     """
 
     def __init__(self, bundle, *, network="denoiser", batch=2, guidance=None, **_):
@@ -45,6 +45,7 @@ class Hand:
 
     def generate(self, seeds, *, classes=None, prompts=None, unwanted=(), guidance=None, on_output=None):
         self.painted.append(list(seeds))
+        self.asked = {"classes": classes, "prompts": prompts, "unwanted": unwanted, "guidance": guidance}
         x = np.stack([np.full((1, 4, 4), (seed % 100) / 50 - 1, np.float32) for seed in seeds])
         for row in range(ROWS):
             while not (self.hold.wait(0.005) or self.steps.acquire(blocking=False)):

@@ -46,6 +46,21 @@ def test_a_bundle_of_texts_takes_any_and_negative_ones_where_it_is_guided(house)
     assert plain.wishes("a cat", [3], guidance=1.0)[0].guidance == 1.0
 
 
+def asked(painter, *wishes):
+    painter.paint(wishes, lambda *_: None)
+    return painter.pipeline.asked
+
+
+def test_every_wish_of_a_batch_reaches_the_engine_as_it_is(house):
+    guided = house.by_hand(TEXT, guidance=3.0)
+    assert asked(guided, Wish(1, "a cat", "dogs", 5.0), Wish(2, "a dog")) == {
+        "classes": None, "prompts": ["a cat", "a dog"], "unwanted": ["dogs", ""], "guidance": [5.0, 3.0],
+    }  # fmt: skip
+    assert asked(house.by_hand(CLASSES), Wish(13, 7), Wish(13)) == {
+        "classes": [7, 3], "prompts": None, "unwanted": ["", ""], "guidance": None,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("guidance", [-1.0, float("inf")])
 def test_guidance_out_of_range_is_refused(house, guidance):
     assert "out of range" in refused(house.by_hand(TEXT, guidance=3.0), "guidance_scale", "a", [3], guidance=guidance)

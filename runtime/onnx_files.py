@@ -1,0 +1,86 @@
+"""Which other files an ONNX graph reads: the locations of its external data, found without loading it.
+
+Engines follow such a location wherever it points, so it is looked at before they do. This walks the protobuf wire
+format along the messages that lead to tensors, and skips over everything else, weights among it.
+"""
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import AccuQuantError
+
+# Field numbers of onnx.proto by message, and the message that each one holds.
+LEADS: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "training": {1: "graph", 2: "graph"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "entry"},
+    "entry": {1: "key", 2: "value"},
+}
+VARINT, EIGHT, BYTES, FOUR = 0, 1, 2, 5
+
+
+def external_files(path: Path) -> set[str]:
+    """Locations of external data in the graph at `path`, as they stand there.
+
+    Raises:
+        AccuQuantError: it is cut off or no protobuf at all.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return set(_locations(data))
+    except ValueError as error:  # of an empty file, or from below
+        raise AccuQuantError(f"{path} is not an ONNX graph ({error}); copy the bundle again") from None
+
+
+def _locations(data: mmap.mmap) -> Iterator[str]:
+    open_messages = [("model", 0, len(data))]
+    while open_messages:
+        message, start, end = open_messages.pop()
+        found = dict[str, bytes]()
+        for number, first, last in _fields(data, start, end):
+            inner = LEADS[message].get(number)
+            if message == "entry" and inner:
+                found[inner] = data[first:last]
+            elif inner:
+                open_messages.append((inner, first, last))
+        if found.get("key") == b"location":
+            yield found.get("value", b"").decode("utf-8", "replace")
+
+
+def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(field number, first byte, byte after the last) of every length-delimited field of a message."""
+    while at < end:
+        tag, at = _varint(data, at, end)
+        kind = tag & 7
+        if kind == VARINT:
+            _, at = _varint(data, at, end)
+        elif kind in (EIGHT, FOUR):
+            at += 8 if kind == EIGHT else 4
+        elif kind == BYTES:
+            length, at = _varint(data, at, end)
+            if at + length > end:
+                raise ValueError("it is cut off")
+            yield tag >> 3, at, at + length
+            at += length
+        else:
+            raise ValueError(f"wire type {kind}")
+    if at > end:
+        raise ValueError("it is cut off")
+
+
+def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < end and shift < 64:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise ValueError("it is cut off")
