@@ -1,8 +1,11 @@
 """`accuquant-sample BUNDLE`: run the full sampling loop on this machine's integer kernels and save the pictures."""
 
+import logging
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -39,7 +42,11 @@ def sample(
     rest: Annotated[Rest, typer.Option(help="What is not integer; bfloat16 where the CPU has it.")] = "float32",
     batch: Annotated[int, typer.Option(min=1)] = 8,
     plan: Annotated[Path | None, typer.Option(help="Another plan.json than the bundle's own.")] = None,
-    threads: Annotated[int, typer.Option(min=0, help="0: all cores.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="0: all cores; of a worker of Ray, one.")] = 0,
+    ray: Annotated[
+        int,
+        typer.Option(min=0, help="Sample on so many workers of Ray, here or on the cluster that RAY_ADDRESS names."),
+    ] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Sample pictures from a bundle. Needs no torch."""
@@ -47,40 +54,34 @@ def sample(
         raise AccuQuantError(f"--out {out}: write .png (one grid), .npy (raw latents) or a folder name")
     opened = Bundle(bundle)
     network: NetworkName = "twin" if fp else "denoiser"
-    size = min(batch, n)
     other = SamplingPlan.load(plan) if plan else None
-    wanted = _classes(classes, n)
-    texts = [prompt[i % len(prompt)] for i in range(n)] if prompt else None
-    with Pipeline(
-        opened, network=network, engine=engine, batch=size, threads=threads, rest=rest, plan=other, guidance=guidance
-    ) as pipeline:
-        manifest, steps = opened.manifest, len(pipeline.plan)
-        precision = rest if fp else manifest.scheme + ("" if rest == "float32" else f" with {rest}")
-        sampler = other.sampler if other else manifest.sampler
-        console.print(f"{precision}, {sampler}, {steps} network calls, on {pipeline.engine.name}")
+    opening: dict[str, Any] = {
+        "network": network, "engine": engine, "batch": min(batch, n), "threads": threads, "rest": rest,
+        "guidance": guidance, "plan": other,
+    }  # fmt: skip
+    wishes: dict[str, Sequence[Any]] = {"seeds": range(seed, seed + n)}
+    if classes:
+        wishes["classes"] = _classes(classes, n)
+    if prompt:
+        wishes["prompts"] = [prompt[i % len(prompt)] for i in range(n)]
+    if negative:
+        wishes["unwanted"] = [negative] * n
+    manifest = opened.manifest
+    precision = rest if fp else manifest.scheme + ("" if rest == "float32" else f" with {rest}")
+    sampler, calls = (other.sampler, len(other)) if other else (manifest.sampler, len(opened.plan))
+    said = f"{precision}, {sampler}, {calls} network calls"
+    latents = out.suffix == ".npy"
+    with ExitStack() as held:
+        if ray:
+            console.print(f"{said}, on {ray} workers of Ray")
+            painted = _on_ray(opened, opening, wishes, latents, ray)
+        else:
+            pipeline = held.enter_context(Pipeline(opened, **opening))
+            console.print(f"{said}, on {pipeline.engine.name}")
+            painted = _here(pipeline, wishes, latents)
         begun = time.perf_counter()
-        with bar() as show:
-
-            def on_step(first: int, done: int, _: np.ndarray) -> None:
-                chunks = -(-n // pipeline.batch)
-                show("sampling", first // pipeline.batch * steps + done, chunks * steps, "")
-
-            latents = pipeline.generate(
-                range(seed, seed + n), on_step, classes=wanted, prompts=texts, unwanted=negative
-            )
-        if out.suffix != ".npy":
-            pictures = pipeline.pictures(latents)
+        _save(painted, out, seed)
         seconds = time.perf_counter() - begun
-    if out.suffix == ".npy":
-        with atomic(out) as part, part.open("wb") as file:
-            np.save(file, latents)
-    elif out.suffix == ".png":
-        with atomic(out) as part:
-            grid(pictures).save(part, format="PNG")
-    else:
-        for s, picture in zip(range(seed, seed + n), pictures, strict=True):
-            with atomic(out / f"{s:08d}.png") as part:
-                grid(picture[None], scale=1, gap=0).save(part, format="PNG")
     facts = machine_facts()
     console.print(
         f"{n} pictures, seeds {seed}..{seed + n - 1}, in {seconds:.1f} s "
@@ -88,10 +89,54 @@ def sample(
     )
 
 
-def _classes(text: str, n: int) -> list[int] | None:
-    """One class for each of n pictures, in turn; None if none was named."""
-    if not text:
-        return None
+def _here(pipeline: Pipeline, wishes: dict[str, Sequence[Any]], latents: bool) -> Iterator[np.ndarray]:
+    """Latents or pictures from a pipeline in this process."""
+    steps, chunks = len(pipeline.plan), -(-len(wishes["seeds"]) // pipeline.batch)
+    with bar() as show:
+
+        def on_step(first: int, done: int, _: np.ndarray) -> None:
+            show("sampling", first // pipeline.batch * steps + done, chunks * steps, "")
+
+        made = pipeline.generate(on_step=on_step, **wishes)  # type: ignore[arg-type]
+    yield made if latents else pipeline.pictures(made)
+
+
+def _on_ray(
+    bundle: Bundle, opening: dict[str, Any], wishes: dict[str, Sequence[Any]], latents: bool, workers: int
+) -> Iterator[np.ndarray]:
+    """The same from workers, batch by batch."""
+    from .serve.on_ray import Opening, sample
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors come as one sentence of ours
+    asked = Opening(bundle.folder, **opening | {"threads": opening["threads"] or 1})
+    done, n = 0, len(wishes["seeds"])
+    with bar() as show:
+        for batch in sample(asked, wishes, workers, decoded=not latents):
+            yield batch
+            done += len(batch)
+            show("sampling", done, n, "")
+
+
+def _save(painted: Iterator[np.ndarray], out: Path, seed: int) -> None:
+    """Files of a folder as the pictures come, a grid or an array from all of them."""
+    if out.suffix == "":
+        for batch in painted:
+            for picture in batch:
+                with atomic(out / f"{seed:08d}.png") as part:
+                    grid(picture[None], scale=1, gap=0).save(part, format="PNG")
+                seed += 1
+        return
+    made = np.concatenate(list(painted))
+    with atomic(out) as part:
+        if out.suffix == ".npy":
+            with part.open("wb") as file:
+                np.save(file, made)
+        else:
+            grid(made).save(part, format="PNG")
+
+
+def _classes(text: str, n: int) -> list[int]:
+    """One class for each of n pictures, in turn."""
     try:
         named = [int(part) for part in text.split(",")]
     except ValueError:

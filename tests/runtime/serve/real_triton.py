@@ -27,6 +27,7 @@ from accuquant.runtime import Bundle, Pipeline
 from accuquant.runtime.serve.triton import Serving, write_repository
 
 BATCH, PREVIEWS = 4, 2
+PATIENCE = 600  # seconds
 HERE = "127.0.0.1"
 KINDS = {"seed": (np.uint64, "UINT64"), "class": (np.int64, "INT64"), "guidance": (np.float32, "FP32")}
 
@@ -188,26 +189,29 @@ def previews(http, grpc, bundle):
 
 
 def reload_under_load(http, folder, bundle, reloads=3, clients=4):
-    """Versions written and loaded while clients go on asking; every request must be answered, and rightly."""
+    """Versions written and loaded while clients go on asking; every request must be answered, and rightly.
+
+    Their patience is long: on a busy machine a picture waits while the next version compiles.
+    """
     with Pipeline(bundle, batch=BATCH, threads=1) as pipeline:
         expected = pipeline.pictures(pipeline.generate(range(8)))
     over = False
 
     def ask(k):
-        client, done = over_http.InferenceServerClient(http), []
+        client, done = over_http.InferenceServerClient(http, network_timeout=PATIENCE), []
         while not over:
-            seed = (k + len(done)) % 8
+            seed, begun = (k + len(done)) % 8, time.perf_counter()
             try:
                 answer = client.infer("plain", inputs(over_http, seed=[seed]))
                 right = np.array_equal(answer.as_numpy("picture")[0], expected[seed])
-                done.append((right, answer.get_response()["model_version"]))
+                done.append((right, answer.get_response()["model_version"], time.perf_counter() - begun))
             except Exception as error:  # whatever it is, a request was lost
-                done.append((False, str(error)))
+                done.append((False, str(error), time.perf_counter() - begun))
         return done
 
     with ThreadPoolExecutor(clients) as pool:
         asking = [pool.submit(ask, k) for k in range(clients)]
-        client = over_http.InferenceServerClient(http, network_timeout=120)
+        client = over_http.InferenceServerClient(http, network_timeout=PATIENCE)
         for _ in range(reloads):
             time.sleep(2)
             write_repository(bundle, folder / "repository", Serving("plain", BATCH, threads=1))
@@ -217,8 +221,9 @@ def reload_under_load(http, folder, bundle, reloads=3, clients=4):
         done = [one for answers in asking for one in answers.result()]
     return {
         "requests": len(done),
-        "lost": [what for right, what in done if not right],
-        "versions": {version: sum(v == version for _, v in done) for version in sorted({v for _, v in done})},
+        "lost": [what for right, what, _ in done if not right],
+        "versions": {version: sum(v == version for _, v, _ in done) for version in sorted({v for _, v, _ in done})},
+        "longest": max(seconds for *_, seconds in done),
     }
 
 
