@@ -57,17 +57,37 @@ def read_checkpoint(path: Path) -> Any:
         raise AccuQuantError(f"{path} is {problem} ({size:,} bytes, {type(error).__name__}); copy it again") from error
 
 
+def beside(path: Path, config: Path | None = None) -> list[Path]:
+    """The files that say what a checkpoint does not: its YAML (or `config` in its place) and its tokenizer."""
+    yamls = [config] if config is not None else [path.with_suffix(suffix) for suffix in (".yml", ".yaml")]
+    return [file for file in (*yamls, path.with_suffix(".tokenizer.json")) if file.exists()]
+
+
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Put a checkpoint's tensors, as float32, into the network that its keys describe.
+
+    A large network may come on the meta device, which saves filling it with random numbers first.
 
     Raises:
         AccuQuantError: weights missing, left over, of another shape, or not finite.
     """
-    try:
-        network.load_state_dict({k: v.float() for k, v in weights.items()}, strict=True)
-    except RuntimeError as error:
-        raise AccuQuantError(f"{path} does not fit the network its keys describe: {error}") from error
-    broken = [name for name, value in network.state_dict().items() if not torch.isfinite(value).all()]
+    if any(parameter.is_meta for parameter in network.parameters()):
+        network.to_empty(device="cpu")
+    own = network.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in weights]
+    wrong += [f"{name} is left over" for name in weights if name not in own]
+    wrong += [
+        f"{name} is {tuple(value.shape)}, not {tuple(own[name].shape)}"
+        for name, value in weights.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise AccuQuantError(f"{path} does not fit the network its keys describe: {', '.join(wrong[:5])}{more}")
+    with torch.no_grad():
+        for name, value in weights.items():  # one by one: a large model's weights exist twice at most
+            own[name].copy_(value)
+    broken = [name for name, value in own.items() if not torch.isfinite(value).all()]
     if broken:
         raise AccuQuantError(
             f"{path}: weights that are not finite in {', '.join(broken[:3])}; the checkpoint is damaged"

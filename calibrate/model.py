@@ -42,6 +42,8 @@ class DiffusionModel:
     with when blocks are reconstructed one by one. `found` is one line for the person who gave the file. `conditioning`
     tells what the network takes besides, and the guidance it is used with; with ByText there is `text`. `decoder` maps
     latents (B, *sample_shape) to pictures (B, 1 or 3, H, W) in [-1, 1]; without it latents are the pictures.
+    `adaptable()` gives the layers that a LoRA may change, under every name that files have for them, behind `unet.` or
+    `text_encoder.`.
     """
 
     family: str
@@ -56,6 +58,7 @@ class DiffusionModel:
     conditioning: Conditioning | None = None
     text: TextEncoder | None = None
     decoder: nn.Module | None = None
+    adaptable: Callable[[], Mapping[str, nn.Module]] = dict
 
     def condition(self, seeds: Sequence[int]) -> Condition:
         """What each seed is sampled under where nobody chose, as rows by name."""
