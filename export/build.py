@@ -20,10 +20,12 @@ from torch import nn
 
 from ..calibrate.begin import Beginning
 from ..calibrate.cache import TrajectoryCache
+from ..calibrate.checkpoint import beside
 from ..calibrate.estimate import Estimate, estimate
 from ..calibrate.families import load_model
 from ..calibrate.journal import Journal
 from ..calibrate.layers import QuantizedOperator
+from ..calibrate.lora import Lora, with_loras
 from ..calibrate.model import DiffusionModel, quantize
 from ..calibrate.optimize import Outcome, calibrate
 from ..calibrate.recipe import Recipe, freeze
@@ -66,6 +68,7 @@ class Request:
     scheme: QuantScheme
     spec: CalibrationSpec
     config: Path | None = None
+    loras: tuple[Lora, ...] = ()
     sampler: str | None = None
     steps: int | None = None
     resume: bool = False
@@ -102,7 +105,7 @@ class Result:
 def prepare(request: Request) -> Prepared:
     """Load the checkpoint, trace the sampler, quantize the operators and estimate the cost."""
     _check_out(request.out)
-    model = load_model(request.checkpoint, request.config)
+    model = with_loras(load_model(request.checkpoint, request.config), request.loras)
     plan = trace(request.sampler or model.default_sampler, model.noise_schedule, request.steps or model.default_steps)
     usual = 1.0 if model.conditioning is None else model.conditioning.guidance
     guidance = usual if request.guidance is None else request.guidance
@@ -126,6 +129,8 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
     begun = time.perf_counter()
     specification = {
         "checkpoint": sha256(request.checkpoint),
+        "beside": [sha256(path) for path in beside(request.checkpoint, request.config)],
+        "loras": [[sha256(lora.path), lora.weight] for lora in request.loras],
         "scheme": request.scheme.model_dump(),
         "calibration": request.spec.model_dump(),
         "plan": plan.model_dump(mode="json"),
@@ -201,8 +206,7 @@ def _trajectories(
             continue
         first += spec.seed << 20
         depends_on = {
-            "checkpoint": specification["checkpoint"],
-            "plan": specification["plan"],
+            **{name: specification[name] for name in ("checkpoint", "beside", "loras", "plan")},
             "guidance": prepared.guidance,
             "seeds": [first, count],
             "torch": torch.__version__,
@@ -270,6 +274,7 @@ def _provenance(request: Request, outcome: Outcome) -> dict[str, Any]:
     return {
         "checkpoint": request.checkpoint.name,
         "checkpoint_sha256": sha256(request.checkpoint),
+        "loras": [{"file": n.path.name, "sha256": sha256(n.path), "weight": n.weight} for n in request.loras],
         "calibration": request.spec.model_dump(),
         "beginning": asdict(outcome.beginning),
         "held_out_error": {str(k): v for k, v in outcome.held_out.items()},

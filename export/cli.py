@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..calibrate.cache import TrajectoryCache
 from ..calibrate.guard import verdict
+from ..calibrate.lora import parse_lora
 from ..calibrate.scheme import POLICIES, QuantScheme, parse_precision
 from ..calibrate.spec import PRESETS, CalibrationSpec, PresetName, parse_settings
 from ..calibrate.trace import SAMPLERS
@@ -57,6 +58,9 @@ def export(
         typer.Option(help="Look the time embedding up at the plan's timesteps; without it, any plan can be sampled."),
     ] = True,
     config: Annotated[Path | None, typer.Option(help="The model's YAML, if it does not lie beside it.")] = None,
+    lora: Annotated[
+        list[str], typer.Option(help="A LoRA to fuse, FILE or FILE:WEIGHT, of text-to-image models; may be repeated.")
+    ] = [],  # noqa: B006
     pictures: Annotated[int, typer.Option(min=1, help="Pictures compared in the report.")] = 64,
     device: Annotated[str, typer.Option(help="Where calibration runs: auto, cpu or cuda.")] = "auto",
     cache_gib: Annotated[
@@ -91,6 +95,7 @@ def export(
         scheme=scheme,
         spec=_validated(CalibrationSpec, **chosen),
         config=config,
+        loras=tuple(parse_lora(text) for text in lora),
         sampler=sampler,
         steps=steps,
         resume=resume,
