@@ -66,13 +66,11 @@ def beside(path: Path, config: Path | None = None) -> list[Path]:
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Put a checkpoint's tensors, as float32, into the network that its keys describe.
 
-    A large network may come on the meta device, which saves filling it with random numbers first.
+    A network on the meta device takes copies as its own, and need not be filled with random numbers first.
 
     Raises:
         AccuQuantError: weights missing, left over, of another shape, or not finite.
     """
-    if any(parameter.is_meta for parameter in network.parameters()):
-        network.to_empty(device="cpu")
     own = network.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} is left over" for name in weights if name not in own]
@@ -84,10 +82,14 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path) 
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise AccuQuantError(f"{path} does not fit the network its keys describe: {', '.join(wrong[:5])}{more}")
-    with torch.no_grad():
-        for name, value in weights.items():  # one by one: a large model's weights exist twice at most
-            own[name].copy_(value)
-    broken = [name for name, value in own.items() if not torch.isfinite(value).all()]
+    if any(parameter.is_meta for parameter in network.parameters()):
+        made = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
+        network.load_state_dict(made, assign=True)
+    else:
+        with torch.no_grad():
+            for name, value in weights.items():
+                own[name].copy_(value)
+    broken = [name for name, value in network.state_dict().items() if not torch.isfinite(value).all()]
     if broken:
         raise AccuQuantError(
             f"{path}: weights that are not finite in {', '.join(broken[:3])}; the checkpoint is damaged"
