@@ -4,6 +4,7 @@ safetensors, torch's format through `weights_only=True`, or the initialisers of 
 wants to import a class is refused, not trusted.
 """
 
+import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..runtime.errors import AccuQuantError
+from ..runtime.files import sha256
+from .folder import read_folder
 
 
 def read_checkpoint(path: Path) -> Any:
     """The object a checkpoint holds - a state dict, or the dict or list around one - with tensors on the CPU.
 
-    Of an ONNX file it is the onnx.ModelProto, without weights kept in other files.
+    Of an ONNX file it is the onnx.ModelProto, without weights kept in other files, of a folder its Folder.
 
     Raises:
         AccuQuantError: missing, truncated, not a checkpoint, or one that needs code to be executed.
@@ -30,7 +33,7 @@ def read_checkpoint(path: Path) -> Any:
     if not path.exists():
         raise AccuQuantError(f"{path} does not exist")
     if path.is_dir():
-        raise AccuQuantError(f"{path} is a folder; a checkpoint file (.ckpt, .pt, .pth, .safetensors) is expected")
+        return read_folder(path)
     size = path.stat().st_size
     if size == 0:
         raise AccuQuantError(f"{path} is empty; download or copy it again")
@@ -61,6 +64,31 @@ def beside(path: Path, config: Path | None = None) -> list[Path]:
     """The files that say what a checkpoint does not: its YAML (or `config` in its place) and its tokenizer."""
     yamls = [config] if config is not None else [path.with_suffix(suffix) for suffix in (".yml", ".yaml")]
     return [file for file in (*yamls, path.with_suffix(".tokenizer.json")) if file.exists()]
+
+
+def name_of(path: Path) -> str:
+    """What a model is called after: its file without the suffix, or its folder."""
+    whole = path.resolve()
+    return whole.name if whole.is_dir() else whole.stem
+
+
+def stored_bytes(path: Path) -> int:
+    """Size of a checkpoint, of a folder that of its settings, tokenizers and weights."""
+    return sum(file.stat().st_size for file in _files(path))
+
+
+def digest(path: Path) -> str:
+    """Hex digest of a checkpoint: a file's own, or of a folder one of all its files' names and digests."""
+    if not path.is_dir():
+        return sha256(path)
+    listed = "".join(f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in _files(path))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix in {".json", ".txt", ".safetensors"})
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from .bundle import Bundle, NetworkName
+from .bundle import Bundle, ByRows, NetworkName
 from .console import bar, command, console, machine_facts
 from .engines.base import Rest
 from .errors import AccuQuantError
@@ -15,6 +15,7 @@ from .files import atomic
 from .pictures import grid
 from .pipeline import Pipeline
 from .plan import SamplingPlan
+from .rows import read_rows
 
 
 def sample(
@@ -32,6 +33,10 @@ def sample(
         list[str], typer.Option("--prompt", help="Of text-to-image models; several are taken in turn [its examples].")
     ] = [],  # noqa: B006
     negative: Annotated[str, typer.Option("--negative-prompt", help="What guidance leads away from.")] = "",
+    conditions: Annotated[
+        Path | None,
+        typer.Option(help="Of models without a text encoder: a file of embeddings, taken in turn [its examples]."),
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 1 is none [what the bundle was calibrated for].")
     ] = None,
@@ -49,7 +54,7 @@ def sample(
     network: NetworkName = "twin" if fp else "denoiser"
     size = min(batch, n)
     other = SamplingPlan.load(plan) if plan else None
-    wanted = _classes(classes, n)
+    wanted, rows = _classes(classes, n), _rows(opened, conditions, n)
     texts = [prompt[i % len(prompt)] for i in range(n)] if prompt else None
     with Pipeline(
         opened, network=network, engine=engine, batch=size, threads=threads, rest=rest, plan=other, guidance=guidance
@@ -66,7 +71,7 @@ def sample(
                 show("sampling", first // pipeline.batch * steps + done, chunks * steps, "")
 
             latents = pipeline.generate(
-                range(seed, seed + n), on_step, classes=wanted, prompts=texts, unwanted=negative
+                range(seed, seed + n), on_step, classes=wanted, prompts=texts, rows=rows, unwanted=negative
             )
         if out.suffix != ".npy":
             pictures = pipeline.pictures(latents)
@@ -97,6 +102,16 @@ def _classes(text: str, n: int) -> list[int] | None:
     except ValueError:
         raise AccuQuantError(f"--class {text!r}: write whole numbers separated by commas, such as 207,360") from None
     return [named[i % len(named)] for i in range(n)]
+
+
+def _rows(bundle: Bundle, path: Path | None, n: int) -> dict[str, np.ndarray] | None:
+    """The rows of a file for n pictures, in turn; None if no file was named."""
+    if path is None:
+        return None
+    known = bundle.manifest.conditioning
+    if not isinstance(known, ByRows):
+        raise AccuQuantError(f"--conditions {path}: the network takes no rows of a file; leave it out")
+    return read_rows(path, known).of(range(n))
 
 
 main = command(sample)

@@ -26,11 +26,13 @@ class Denoiser:
         self._guided = guidance != 1.0
         self._fed = {port.name: np.zeros(port.shape, port.dtype) for port in engine.inputs}
 
-    def under(self, name: str, rows: np.ndarray, free: np.ndarray | None = None) -> None:
-        """Put the next calls under a condition: `rows` (batch, ...) for input `name`; if guided, `free` (...) too."""
-        self._fed[name][: self.batch] = rows
-        if self._guided:
-            self._fed[name][self.batch :] = free
+    def under(self, rows: Mapping[str, np.ndarray], free: Mapping[str, np.ndarray] | None = None) -> None:
+        """Put the next calls under a condition: `rows` (batch, ...) by input; if guided, `free` (...) too."""
+        for name, value in rows.items():
+            self._fed[name][: self.batch] = value
+            if self._guided:
+                assert free is not None
+                self._fed[name][self.batch :] = free[name]
 
     def feed(self, x: np.ndarray, timestep: float) -> Mapping[str, np.ndarray]:
         """The engine's inputs for latents (batch, C, H, W): always the same arrays, filled anew."""

@@ -28,17 +28,18 @@ EXAMPLES = ("red apple", "blue heart", "red heart")
 
 
 class Network(nn.Module):
-    """A denoiser that adds what it was told, and when, to every position."""
+    """A denoiser that adds what it was told, by a sequence and as a whole, and when, to every position."""
 
     def __init__(self):
         super().__init__()
         self.first = nn.Conv2d(2, 32, 3, padding=1)
-        self.time, self.text = nn.Linear(32, 32), nn.Linear(8, 32)
+        self.time, self.text, self.whole = nn.Linear(32, 32), nn.Linear(8, 32), nn.Linear(4, 32)
         self.middle = nn.Conv2d(32, 32, 3, padding=1)
         self.last = nn.Conv2d(32, 2, 3, padding=1)
 
-    def forward(self, x, t, context):
+    def forward(self, x, t, context, pooled):
         told = self.time(timestep_embedding(t, 32)) + self.text(context.flatten(1).reshape(-1, 4, 8)).mean(1)
+        told = told + self.whole(pooled)
         h = F.silu(self.first(x) + told[:, :, None, None])
         return self.last(F.silu(self.middle(h)))
 
@@ -46,10 +47,11 @@ class Network(nn.Module):
 class Words(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embedding, self.mix = nn.Embedding(8, 8), nn.Linear(8, 8)
+        self.embedding, self.mix, self.pool = nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
 
     def forward(self, tokens):
-        return torch.tanh(self.mix(self.embedding(tokens)))
+        sequence = torch.tanh(self.mix(self.embedding(tokens)))
+        return sequence, self.pool(sequence.mean(1))
 
 
 class Upscale(nn.Module):
@@ -81,7 +83,8 @@ def model(*_):
         },
         role_of=lambda name: {"first": "first", "last": "last", "time": "time"}.get(name, "body"),
         block_of=lambda name: name, default_sampler="ddim", default_steps=4,
-        conditioning=ByText(examples=EXAMPLES, guidance=3.0), text=TextEncoder(words.eval(), tokenizer()),
+        conditioning=ByText(inputs=("context", "pooled"), examples=EXAMPLES, guidance=3.0),
+        text=TextEncoder(words.eval(), tokenizer()),
         decoder=upscale.eval(),
     )  # fmt: skip
 
@@ -115,7 +118,8 @@ def test_the_twin_paints_what_torch_paints(bundle):
     """Latents to 1e-3, as in other tests of whole chains; pixels to one level of 255."""
     toy, prompts = model(), ["blue apple", "red heart", "blue apple"]
     network = toy.guided(3.0)
-    run = simulate(network, bundle.plan, [5, 6, 7], toy.sample_shape, {"context": toy.text(prompts)})
+    condition = dict(zip(("context", "pooled"), toy.text(prompts), strict=True))
+    run = simulate(network, bundle.plan, [5, 6, 7], toy.sample_shape, condition)
     with torch.no_grad():
         expected = to_uint8(toy.decoder(run.states[-1]).numpy())
     with Pipeline(bundle, network="twin", batch=2) as pipeline:
@@ -160,8 +164,8 @@ def test_a_decoder_that_exports_wrongly_leaves_no_bundle(request_, tmp_path, mon
     wrong = building.Request(**{**vars(request_), "out": tmp_path / "wrong"})
     traced = companions._trace
 
-    def off(network, name, example):
-        graph = traced(network, name, example)
+    def off(network, name, example, outputs):
+        graph = traced(network, name, example, outputs)
         for value in graph.graph.initializers.values():
             if value.const_value is not None and value.const_value.shape.rank() == 4:
                 value.const_value = companions.ir.tensor(value.const_value.numpy() * 1.1)
