@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,12 +70,12 @@ def with_loras(model: DiffusionModel, loras: Sequence[Lora]) -> DiffusionModel:
 @torch.no_grad()
 def _fuse(lora: Lora, adaptable: Mapping[str, nn.Module]) -> int:
     tensors, settings = _read(lora.path)
-    names = {_flat(name): module for name, module in adaptable.items()}
+    weights = {_flat(name): cast(Tensor, module.weight) for name, module in adaptable.items()}
     changes: dict[str, dict[str, Tensor]] = {}
     lost: list[str] = []
     for key, value in tensors.items():
         layer, part = _layer_and_part(key)
-        if part is None or _flat(layer) not in names:
+        if part is None or _flat(layer) not in weights:
             lost.append(key)
         else:
             changes.setdefault(_flat(layer), {})[part] = value
@@ -88,7 +89,7 @@ def _fuse(lora: Lora, adaptable: Mapping[str, nn.Module]) -> int:
             "another kind of model, or is of a kind that is not supported (LoHa, LoKr, DoRA)"
         )
     for layer, parts in changes.items():
-        weight = names[layer].weight
+        weight = weights[layer]
         down, up = parts["down"].float(), parts["up"].float()
         fits = up.flatten(1).shape == (len(weight), len(down)) and down[0].numel() == weight[0].numel()
         if not fits:

@@ -38,7 +38,7 @@ def whole(formula, version):
     narrower = {128: WIDTH, 384: 3 * WIDTH, 512: 4 * WIDTH}
     shapes = {k: [narrower.get(n, n) for n in shape] for k, shape in GOLDEN["texts"][version]["state"].items()}
     with torch.device("meta"):
-        stage = Decoder(Network(4, [32, 64], 1, set(), 3), nn.Conv2d(4, 4, 1), None, 1.0).state_dict()
+        stage = Decoder(Network(4, [32, 64], 1, set(), 3), nn.Conv2d(4, 4, 1), None, 1.0, 0.0).state_dict()
     shapes |= {f"first_stage_model.{k}": list(v.shape) for k, v in stage.items()}
     return state | weights(formula, shapes)
 

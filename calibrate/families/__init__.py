@@ -12,7 +12,7 @@ from ...runtime.errors import AccuQuantError
 from ..checkpoint import read_checkpoint
 from ..folder import Folder
 from ..model import DiffusionModel
-from . import adm, consistency, ddim, diffusers_dit, dit, flux, ldm, pixart, sd3
+from . import adm, consistency, ddim, diffusers_dit, dit, flux, ldm, pixart, sd3, sd_folder
 
 
 class Family(Protocol):
@@ -23,7 +23,7 @@ class Family(Protocol):
     def load(self, state: Any, path: Path, config: Path | None) -> DiffusionModel: ...
 
 
-FAMILIES: tuple[Family, ...] = (ddim, adm, dit, ldm, consistency, diffusers_dit, pixart, sd3, flux)
+FAMILIES: tuple[Family, ...] = (ddim, adm, dit, ldm, consistency, diffusers_dit, pixart, sd3, flux, sd_folder)
 
 
 def load_model(path: Path, config: Path | None = None, conditions: Path | None = None) -> DiffusionModel:

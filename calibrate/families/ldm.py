@@ -153,7 +153,9 @@ def adaptable(network: nn.Module, text: TextEncoder | None) -> dict[str, nn.Modu
     unet = cast(AdmUNet, network.unet)
     config = unet.config
     names = unet_names(len(config.channel_mult), config.num_res_blocks, config.attention)
-    layers = {f"unet.{k}": m for k, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    layers: dict[str, nn.Module] = {
+        f"unet.{k}": m for k, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)
+    }
     layers |= {f"unet.{renamed(k.removeprefix('unet.'), names)}": m for k, m in layers.items()}
     if isinstance(text.network, clip_text.ClipText):
         for name, module in text.network.named_modules():
@@ -183,7 +185,7 @@ def _told_by_weights(
     network: nn.Module, text: TextEncoder, noise: Facts, otherwise: Facts, channels: int
 ) -> tuple[Facts, str]:
     """Which of two models with the same keys this is, and a remark for the person who gave the file."""
-    alike = returned_noise(network, channels, PROBED, noise.timesteps - 1, {"context": text([""])})
+    alike = returned_noise(network, channels, PROBED, noise.timesteps - 1, {"context": text([""])[0]})
     facts = noise if alike > 0.5 else otherwise
     return facts, (
         f"; predicts {facts.parameterization} at {facts.image_size}x{facts.image_size} as its weights tell: at the "
