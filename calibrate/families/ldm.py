@@ -185,11 +185,11 @@ def _told_by_weights(
     network: nn.Module, text: TextEncoder, noise: Facts, otherwise: Facts, channels: int
 ) -> tuple[Facts, str]:
     """Which of two models with the same keys this is, and a remark for the person who gave the file."""
-    alike = returned_noise(network, channels, PROBED, noise.timesteps - 1, {"context": text([""])[0]})
-    facts = noise if alike > 0.5 else otherwise
+    share = returned_noise(network, channels, PROBED, noise.timesteps - 1, {"context": text([""])[0]})
+    facts = noise if share > 0.5 else otherwise
     return facts, (
-        f"; predicts {facts.parameterization} at {facts.image_size}x{facts.image_size} as its weights tell: at the "
-        f"last timestep its output correlates by {alike:.2f} with the noise it is given (a YAML would overrule that)"
+        f"; predicts {facts.parameterization} at {facts.image_size}x{facts.image_size}, judged by its weights: at the "
+        f"last timestep it gives back {share:.2f} of the noise it is given (a YAML would overrule that)"
     )
 
 

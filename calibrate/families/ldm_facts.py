@@ -134,11 +134,11 @@ def check_facts(config: AdmConfig, facts: Facts, source: str) -> None:
 
 @torch.no_grad()
 def returned_noise(network: nn.Module, channels: int, size: int, last: int, condition: Condition) -> float:
-    """The correlation of what a trained network predicts at its last timestep with what it is given there.
+    """The share of its input that a trained network gives back at its last timestep, where that is all but noise.
 
-    That is noise, so that one which predicts noise gives back its input (1), and one which predicts v or the picture
-    gives a picture (about 0).
+    One that predicts noise gives it back (1). One that predicts v = a e - s x_0, with a^2 + s^2 = 1, gives at most
+    a / s of it, 0.07 in Stable Diffusion's schedule, beside a picture; one that predicts the picture less still.
     """
     x = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0))
     made = network(x, torch.tensor([float(last)]), **condition)
-    return float(torch.corrcoef(torch.stack([x.flatten(), made.flatten()]))[0, 1])
+    return float(((x - x.mean()) * made).mean() / x.var(correction=0))

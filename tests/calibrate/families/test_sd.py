@@ -101,8 +101,8 @@ def published(formula, stable, monkeypatch):
 def test_a_network_that_gives_noise_back_predicts_noise(published, stable, tmp_path):
     model = load_model(stable.save(tmp_path, returning(published, 1)))
     assert (model.noise_schedule["prediction_type"], model.sample_shape) == ("epsilon", (4, 8, 8))
-    assert "predicts eps at 8x8 as its weights tell" in model.found
-    assert "by 1.00 with the noise" in model.found
+    assert "predicts eps at 8x8, judged by its weights" in model.found
+    assert "gives back 1.0" in model.found
 
 
 @pytest.mark.parametrize("sign", [0, -1])
@@ -123,7 +123,18 @@ def test_a_trained_network_gives_noise_back():
     model = load_model(REFERENCE)
     last = model.noise_schedule["num_train_timesteps"] - 1
     channels, size, _ = model.sample_shape
-    assert ldm_facts.returned_noise(model.network, channels, size, last, {}) > 0.9
+    assert ldm_facts.returned_noise(model.network, channels, size, last, {}) == pytest.approx(1, abs=0.1)
+
+
+def test_an_ideal_network_of_v_gives_almost_nothing_back():
+    """Of data of one picture, whose v is known: a e - s x_0 with e = (x - a x_0) / s."""
+    picture, signal = torch.linspace(-1, 1, 4)[:, None, None].expand(4, 32, 32), 0.0047**0.5
+    deviation = (1 - signal**2) ** 0.5
+
+    def ideal(x, t):
+        return signal * (x - signal * picture) / deviation - deviation * picture
+
+    assert ldm_facts.returned_noise(ideal, 4, 32, 999, {}) == pytest.approx(signal / deviation, abs=0.02)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
