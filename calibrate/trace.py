@@ -29,6 +29,10 @@ from ..runtime.errors import AccuQuantError
 from ..runtime.plan import PlanStep, SamplingPlan
 
 PRECONDITIONED = "sigma_data"  # a setting that only the schedules and schedulers of EDM-preconditioned networks have
+FLOW = "flow_prediction"
+# Beside diffusers' own words, of networks for flow matching: the tokens of a picture, which a dynamic shift goes by,
+# and whether the shares of noise are spaced from 1 to 1 / steps, as Flux's pipeline has it and no scheduler by itself.
+IMAGE_TOKENS, FROM_ONE = "image_tokens", "from_one"
 NEGLIGIBLE = 1e-12  # of the row's largest coefficient: below float64's rounding of the traced arithmetic
 
 
@@ -108,15 +112,23 @@ def trace(name: str, noise_schedule: Mapping[str, Any], steps: int) -> SamplingP
     if (PRECONDITIONED in accepted) != (PRECONDITIONED in noise_schedule):
         fitting = "consistency" if PRECONDITIONED in noise_schedule else "any other"
         raise AccuQuantError(f"sampler {name!r} does not fit what this model predicts; choose {fitting}")
+    flows = chosen.scheduler.startswith("Flow")
+    if noise_schedule.get("prediction_type") == FLOW and not flows:
+        raise AccuQuantError(f"sampler {name!r} does not fit what this model predicts, a flow; choose flow-euler")
     for clipping in {"clip_sample", "clip_denoised"} & accepted.keys():
         settings.setdefault(clipping, False)
-    return trace_scheduler(factory(**settings), steps, chosen.timesteps, **chosen.step)
+    spacing = _flow_spacing(noise_schedule, settings, steps) if flows and IMAGE_TOKENS in noise_schedule else {}
+    if chosen.timesteps is not None:
+        spacing["timesteps"] = chosen.timesteps(steps, settings["num_train_timesteps"])
+    return trace_scheduler(factory(**settings), steps, spacing, **chosen.step)
 
 
 def trace_scheduler(
-    scheduler: Any, steps: int, timesteps: Callable[[int, int], list[int]] | None = None, **step_arguments: Any
+    scheduler: Any, steps: int, spacing: Mapping[str, Any] | None = None, **step_arguments: Any
 ) -> SamplingPlan:
-    """The plan of any diffusers scheduler object; it is copied, not touched. `timesteps` as of a Sampler.
+    """The plan of any diffusers scheduler object; it is copied, not touched.
+
+    `spacing` are further arguments of its `set_timesteps`.
 
     Raises:
         AccuQuantError: the scheduler thresholds, clips, learns its variance, or is not linear for another reason.
@@ -127,11 +139,7 @@ def trace_scheduler(
     if steps < 1 or (limit and steps > limit):
         raise AccuQuantError(f"{steps} sampling steps asked for; this model's schedule allows 1 to {limit}")
     try:
-        if timesteps is None:
-            scheduler.set_timesteps(steps)
-        else:
-            scheduler.set_timesteps(timesteps=timesteps(steps, limit))
-        rows = _rows(scheduler, step_arguments)
+        rows = _rows(scheduler, steps, spacing or {}, step_arguments)
     except (ValueError, NotImplementedError, IndexError, TypeError) as error:
         raise AccuQuantError(
             f"{type(scheduler).__name__} cannot sample this model in {steps} steps ({error}); "
@@ -145,8 +153,21 @@ def trace_scheduler(
     )
 
 
-def _rows(scheduler: Any, step_arguments: Mapping[str, Any]) -> list[PlanStep]:
+def _flow_spacing(noise_schedule: Mapping[str, Any], settings: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """What a pipeline passes to the scheduler: mu, linear in the tokens of a picture, and evenly spaced shares."""
+    spacing: dict[str, Any] = {}
+    if settings.get("use_dynamic_shifting"):
+        least, most = settings.get("base_image_seq_len", 256), settings.get("max_image_seq_len", 4096)
+        low, high = settings.get("base_shift", 0.5), settings.get("max_shift", 1.15)
+        spacing["mu"] = low + (high - low) * (noise_schedule[IMAGE_TOKENS] - least) / (most - least)
+    if noise_schedule.get(FROM_ONE):
+        spacing["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    return spacing
+
+
+def _rows(scheduler: Any, steps: int, spacing: Mapping[str, Any], step_arguments: Mapping[str, Any]) -> list[PlanStep]:
     """Run the scheduler on basis vectors and read every row of the plan off the forms."""
+    scheduler.set_timesteps(steps, **spacing)
     timesteps = scheduler.timesteps
     rows = len(timesteps)
 

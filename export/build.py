@@ -20,10 +20,12 @@ from torch import nn
 
 from ..calibrate.begin import Beginning
 from ..calibrate.cache import TrajectoryCache
+from ..calibrate.checkpoint import beside, digest, name_of, stored_bytes
 from ..calibrate.estimate import Estimate, estimate
 from ..calibrate.families import load_model
 from ..calibrate.journal import Journal
 from ..calibrate.layers import QuantizedOperator
+from ..calibrate.lora import Lora, with_loras
 from ..calibrate.model import DiffusionModel, quantize
 from ..calibrate.optimize import Outcome, calibrate
 from ..calibrate.recipe import Recipe, freeze
@@ -36,7 +38,7 @@ from ..runtime.bundle import Bundle, Manifest, NetworkName, OperatorFacts, descr
 from ..runtime.console import machine_facts
 from ..runtime.engines import open_engine
 from ..runtime.errors import AccuQuantError
-from ..runtime.files import atomic_folder, sha256
+from ..runtime.files import atomic_folder
 from ..runtime.inspection import LOOKED_UP
 from ..runtime.plan import SamplingPlan
 from .check_target import check_target
@@ -55,6 +57,13 @@ Show = Callable[[str, int, int, str], None]  # stage, done, total, note
 
 # Far from the seeds people sample with, so that no picture anyone looks at was calibrated on.
 TEACHER_SEEDS, JUDGE_SEEDS = 1 << 40, 1 << 41
+DATA = (
+    "checkpoint",
+    "beside",
+    "loras",
+    "conditions",
+    "plan",
+)  # what trajectories are computed from, by its name in the specification
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ class Request:
     scheme: QuantScheme
     spec: CalibrationSpec
     config: Path | None = None
+    loras: tuple[Lora, ...] = ()
+    conditions: Path | None = None
     sampler: str | None = None
     steps: int | None = None
     resume: bool = False
@@ -102,7 +113,7 @@ class Result:
 def prepare(request: Request) -> Prepared:
     """Load the checkpoint, trace the sampler, quantize the operators and estimate the cost."""
     _check_out(request.out)
-    model = load_model(request.checkpoint, request.config)
+    model = with_loras(load_model(request.checkpoint, request.config, request.conditions), request.loras)
     plan = trace(request.sampler or model.default_sampler, model.noise_schedule, request.steps or model.default_steps)
     usual = 1.0 if model.conditioning is None else model.conditioning.guidance
     guidance = usual if request.guidance is None else request.guidance
@@ -124,18 +135,22 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         shutil.rmtree(work, ignore_errors=True)
 
     begun = time.perf_counter()
-    specification = {
-        "checkpoint": sha256(request.checkpoint),
+    specification: dict[str, Any] = {
+        "checkpoint": digest(request.checkpoint),
+        "beside": [digest(path) for path in beside(request.checkpoint, request.config)],
+        "loras": [[digest(lora.path), lora.weight] for lora in request.loras],
         "scheme": request.scheme.model_dump(),
         "calibration": request.spec.model_dump(),
         "plan": plan.model_dump(mode="json"),
         "guidance": prepared.guidance,
         "torch": torch.__version__,
     }
+    if request.conditions is not None:
+        specification["conditions"] = digest(request.conditions)
     teacher, judge = _trajectories(request, prepared, work, specification, show)
     outcome = _calibrate(request, prepared, teacher, judge, Journal(work, specification), show)
     times["calibration"] = time.perf_counter() - begun
-    recipe = freeze(operators, request.scheme, _provenance(request, outcome))
+    recipe = freeze(operators, request.scheme, _provenance(request, outcome, specification["checkpoint"]))
 
     begun = time.perf_counter()
     show("export", 0, 3, "")
@@ -202,9 +217,8 @@ def _trajectories(
             found.append(Trajectory.load(path))
             continue
         first += spec.seed << 20
-        depends_on = {
-            "checkpoint": specification["checkpoint"],
-            "plan": specification["plan"],
+        depends_on: dict[str, Any] = {k: specification[k] for k in DATA if k in specification}
+        depends_on |= {
             "guidance": prepared.guidance,
             "seeds": [first, count],
             "torch": torch.__version__,
@@ -268,10 +282,11 @@ def _compare_layers(
     return alike
 
 
-def _provenance(request: Request, outcome: Outcome) -> dict[str, Any]:
+def _provenance(request: Request, outcome: Outcome, checkpoint_digest: str) -> dict[str, Any]:
     return {
-        "checkpoint": request.checkpoint.name,
-        "checkpoint_sha256": sha256(request.checkpoint),
+        "checkpoint": request.checkpoint.resolve().name,
+        "checkpoint_sha256": checkpoint_digest,
+        "loras": [{"file": n.path.name, "sha256": digest(n.path), "weight": n.weight} for n in request.loras],
         "calibration": request.spec.model_dump(),
         "beginning": asdict(outcome.beginning),
         "held_out_error": {str(k): v for k, v in outcome.held_out.items()},
@@ -350,7 +365,7 @@ def _write_report(
     ]
     weights = sum(row.parameters for row in layers)
     facts = ReportFacts(
-        title=f"{request.checkpoint.stem} at {request.scheme.name}",
+        title=f"{name_of(request.checkpoint)} at {request.scheme.name}",
         found=prepared.model.found,
         scheme=request.scheme.name,
         target=request.scheme.target,
@@ -369,7 +384,7 @@ def _write_report(
         calibration=request.spec.model_dump(),
         layers=layers,
         sizes={
-            "checkpoint": request.checkpoint.stat().st_size,
+            "checkpoint": stored_bytes(request.checkpoint),
             "fp32 graph": bundle.weight_bytes("twin"),
             "quantized graph": bundle.weight_bytes("denoiser"),
             "weights fp32": 4 * weights,

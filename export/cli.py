@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from ..calibrate.cache import TrajectoryCache
+from ..calibrate.checkpoint import name_of
 from ..calibrate.guard import verdict
+from ..calibrate.lora import parse_lora
 from ..calibrate.scheme import POLICIES, QuantScheme, parse_precision
 from ..calibrate.spec import PRESETS, CalibrationSpec, PresetName, parse_settings
 from ..calibrate.trace import SAMPLERS
@@ -24,7 +26,7 @@ from .build import Request, Result, build, prepare
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A diffusion model's .ckpt, .pt, .pth or .safetensors.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A diffusion model's file (.ckpt, .pt, .safetensors) or folder.")],
     bits: Annotated[str, typer.Option(help="Weights/activations: 8/8, 4/8 (or 4), 4/16, fp8 or fp16.")] = "8/8",
     out: Annotated[Path | None, typer.Option(help="Bundle folder [NAME-w4a8 in this folder].")] = None,
     target: Annotated[str, typer.Option(help="Whose kernels: cpu (OpenVINO), onnxruntime or tensorrt.")] = "cpu",
@@ -57,6 +59,12 @@ def export(
         typer.Option(help="Look the time embedding up at the plan's timesteps; without it, any plan can be sampled."),
     ] = True,
     config: Annotated[Path | None, typer.Option(help="The model's YAML, if it does not lie beside it.")] = None,
+    lora: Annotated[
+        list[str], typer.Option(help="A LoRA to fuse, FILE or FILE:WEIGHT, of text-to-image models; may be repeated.")
+    ] = [],  # noqa: B006
+    conditions: Annotated[
+        Path | None, typer.Option(help="Embeddings to calibrate with, of models without their text encoder.")
+    ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures compared in the report.")] = 64,
     device: Annotated[str, typer.Option(help="Where calibration runs: auto, cpu or cuda.")] = "auto",
     cache_gib: Annotated[
@@ -87,10 +95,12 @@ def export(
         chosen |= {"trajectories": 1, "iterations": 0}
     request = Request(
         checkpoint=checkpoint,
-        out=out or Path(f"{checkpoint.stem}-{scheme.name.lower()}"),
+        out=out or Path(f"{name_of(checkpoint)}-{scheme.name.lower()}"),
         scheme=scheme,
         spec=_validated(CalibrationSpec, **chosen),
         config=config,
+        loras=tuple(parse_lora(text) for text in lora),
+        conditions=conditions,
         sampler=sampler,
         steps=steps,
         resume=resume,
@@ -126,7 +136,7 @@ def export(
 
 def _summary(request: Request, result: Result) -> Table:
     manifest, comparison = result.bundle.manifest, result.comparison
-    table = Table(title=f"{request.checkpoint.name} at {manifest.scheme}", show_header=False)
+    table = Table(title=f"{request.checkpoint.resolve().name} at {manifest.scheme}", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     sizes = {side: result.bundle.weight_bytes(side) for side in ("twin", "denoiser")}

@@ -1,10 +1,11 @@
-"""The networks around a denoiser: a text encoder with its tokenizer, a latent model's decoder. In float, as they are.
+"""What stands around a denoiser: a text encoder with its tokenizer or given rows, a latent model's decoder.
 
-Each is called once a picture where the denoiser is called once a step.
+Networks among them stay in float, as they are: each is called once a picture, the denoiser once a step.
 """
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ..calibrate.model import DiffusionModel
-from ..runtime.bundle import TOKENIZER, NetworkName
+from ..calibrate.model import DiffusionModel, outputs_of
+from ..runtime.bundle import CONDITIONS, TOKENIZER, ByText, NetworkName
 from ..runtime.engines.base import EngineOptions
 from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
 from ..runtime.errors import AccuQuantError
 from ..runtime.files import write_text
+from ..runtime.rows import save_rows
 from ..runtime.tokenizer import Tokenizer
 from .graph import OPSET, save_graph
 from .verify import check_graph
@@ -32,11 +34,14 @@ def save_companions(model: DiffusionModel, folder: Path) -> dict[NetworkName, st
         AccuQuantError: a graph computes something else than its module.
     """
     written: dict[NetworkName, str] = {}
-    if model.text is not None:
+    known = model.conditioning
+    if model.rows is not None:
+        save_rows(folder / CONDITIONS, model.rows)
+    if model.text is not None and isinstance(known, ByText):
         write_text(folder / TOKENIZER, model.text.tokenizer)
-        texts = ["", *getattr(model.conditioning, "examples", ())][:2]
-        tokens = Tokenizer(model.text.tokenizer, TOKENIZER)(texts)
-        _save(model.text.network, "tokens", torch.from_numpy(tokens), folder / "text_encoder.onnx")
+        tokens = Tokenizer(model.text.tokenizer, TOKENIZER)(["", *known.examples][:2])
+        path = folder / "text_encoder.onnx"
+        _save(model.text.network, "tokens", torch.from_numpy(tokens), path, known.inputs)
         written["text_encoder"] = "text_encoder.onnx"
     if model.decoder is not None:
         generator = torch.Generator().manual_seed(0)
@@ -48,22 +53,23 @@ def save_companions(model: DiffusionModel, folder: Path) -> dict[NetworkName, st
 
 
 @torch.no_grad()
-def _save(network: nn.Module, name: str, example: Tensor, path: Path) -> None:
+def _save(network: nn.Module, name: str, example: Tensor, path: Path, outputs: Sequence[str] = ("output",)) -> None:
     """The graph of a module of one input `name`, its batch axis dynamic; `example` has two rows."""
     device = next(network.parameters()).device
-    model = _trace(network, name, example.to(device))
+    model = _trace(network, name, example.to(device), outputs)
     save_graph(model, path)
     check_graph(path)
-    expected = network(example.to(device)).cpu().numpy()
     engine = OnnxRuntimeEngine(path, EngineOptions(batch=len(example)))
-    made = engine.run({name: example.numpy()})
-    error = float(np.abs(made - expected).max() / np.sqrt(np.square(expected).mean()))
+    made = engine.run_all({name: example.numpy()})
     engine.close()
-    if not error <= TOLERANCE:
-        raise AccuQuantError(f"the exported {path.stem} differs from the model by {error:.1e} of its scale")
+    for wanted, found in zip(outputs_of(network, example.to(device)), made, strict=True):
+        expected = wanted.cpu().numpy()
+        error = float(np.abs(found - expected).max() / np.sqrt(np.square(expected).mean()))
+        if not error <= TOLERANCE:
+            raise AccuQuantError(f"the exported {path.stem} differs from the model by {error:.1e} of its scale")
 
 
-def _trace(network: nn.Module, name: str, example: Tensor) -> ir.Model:
+def _trace(network: nn.Module, name: str, example: Tensor, outputs: Sequence[str]) -> ir.Model:
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns of torchvision's absence, which is no concern of ours
@@ -71,7 +77,7 @@ def _trace(network: nn.Module, name: str, example: Tensor) -> ir.Model:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                network, (example,), dynamo=True, opset_version=OPSET, input_names=[name], output_names=["output"],
+                network, (example,), dynamo=True, opset_version=OPSET, input_names=[name], output_names=list(outputs),
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65536)},), verbose=False,
             )  # fmt: skip
     finally:

@@ -91,7 +91,7 @@ def _denoiser(bundle: Bundle, engine: Engine, seeds: Sequence[int]) -> Denoiser:
     denoiser = Denoiser(engine, len(seeds), guidance)
     if conditions is not None:
         free = None if guidance == 1.0 else conditions.free()
-        denoiser.under(conditions.name, conditions.rows(conditions.wishes(seeds)), free)
+        denoiser.under(conditions.rows(conditions.wishes(seeds)), free)
         conditions.close()
     return denoiser
 

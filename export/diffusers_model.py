@@ -17,7 +17,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from ..runtime.bundle import Bundle, ByClass, ByText, NetworkName
+from ..runtime.bundle import Bundle, ByClass, ByRows, ByText, NetworkName
 from ..runtime.engines import choose, open_engine
 from ..runtime.engines.base import Engine, EngineOptions, Rest
 from ..runtime.errors import AccuQuantError
@@ -52,7 +52,7 @@ class EngineModel(nn.Module):
         self._path, self._name = self.bundle.graph(network), choose(engine, self.bundle.manifest.target)
         self._batch, self._threads, self._rest = batch, threads, rest
         self._engines: dict[int, Engine] = {}
-        self._known = self.bundle.manifest.conditioning
+        self._known = _passed_by_pipelines(self.bundle)
         self._timesteps = {np.float32(t) for t in self.bundle.plan.timesteps}
         self.config = FrozenDict(_config(self.bundle))
         self.register_buffer("_place", torch.empty(0), persistent=False)
@@ -141,7 +141,7 @@ class EngineModel(nn.Module):
         if len(rows) != count:
             raise AccuQuantError(f"{len(rows)} rows of {called} for {count} latents; give one for each")
         if isinstance(self._known, ByText):
-            return {self._known.input: rows.float().numpy()}
+            return {self._known.inputs[0]: rows.float().numpy()}
         wrong = [y for y in rows.tolist() if not 0 <= y < self._known.classes and y != self._known.null]
         if wrong:
             none = "" if self._known.null is None else f", {self._known.null} stands for none"
@@ -191,6 +191,18 @@ def load_unet(bundle: Bundle | Path | str, **options: Any) -> EngineModel:
 def load_transformer(bundle: Bundle | Path | str, **options: Any) -> EngineTransformer:
     """A bundle's network for `pipe.transformer` of pipelines that call it with latents, timestep and one condition."""
     return EngineTransformer(bundle, **options)
+
+
+def _passed_by_pipelines(bundle: Bundle) -> ByClass | ByText | None:
+    """What the network takes, if a diffusers pipeline passes it as one argument."""
+    known = bundle.manifest.conditioning
+    if isinstance(known, ByRows) or (isinstance(known, ByText) and len(known.inputs) > 1):
+        names = ", ".join(known.shapes if isinstance(known, ByRows) else known.inputs)
+        raise AccuQuantError(
+            f"the network of {bundle.folder} takes {names}, which diffusers pipelines do not pass as one argument; "
+            "sample it with accuquant.runtime.Pipeline"
+        )
+    return known
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:

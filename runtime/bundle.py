@@ -3,15 +3,16 @@
     manifest.json  plan.json  denoiser.onnx  twin.onnx  recipe.json  recipe.safetensors  report/
 
 `denoiser.onnx` is the quantized network, `twin.onnx` its full-precision twin; text-to-image models have
-`text_encoder.onnx` with `tokenizer.json`, latent ones `decoder.onnx` besides. Engines are not part of it: they are
-compiled from the graphs on the machine that runs them.
+`text_encoder.onnx` with `tokenizer.json`, latent ones `decoder.onnx` besides, and networks that take rows made
+elsewhere `conditions.safetensors` (rows.py). Engines are not part of it: they are compiled from the graphs on the
+machine that runs them.
 """
 
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import AccuQuantError
 from .files import sha256, write_text
@@ -22,6 +23,7 @@ NetworkName = Literal["denoiser", "twin", "text_encoder", "decoder"]
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 TOKENIZER = "tokenizer.json"
+CONDITIONS = "conditions.safetensors"
 IN_TABLE = "table"  # the container of weights whose results are stored for every timestep instead
 
 
@@ -77,24 +79,54 @@ class ByClass(BaseModel):
 
 
 class ByText(BaseModel):
-    """A network that takes a text's embedding, float32 (B, tokens, width); the empty text stands for none.
+    """A network that takes what a text encoder makes of a text, under one or several names; the empty text is none.
 
+    Each is float32 (B, ...), in the order of the encoder's outputs: (B, tokens, width), say, and pooled (B, width).
     `examples` are what it is sampled under where nobody chose: the prompts of calibration and of the report.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["text"] = "text"
-    input: str = "context"
+    inputs: tuple[str, ...] = Field(default=("context",), min_length=1)
     examples: tuple[str, ...] = Field(min_length=1)
     guidance: float = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_once_written(cls, values: Any) -> Any:
+        """Bundles whose encoders have one output may call it `input`."""
+        if isinstance(values, dict) and "input" in values:
+            values = dict(values)
+            values["inputs"] = (values.pop("input"),)
+        return values
 
     @property
     def can_be_guided(self) -> bool:
         return True
 
 
-Conditioning = Annotated[ByClass | ByText, Field(discriminator="kind")]
+class ByRows(BaseModel):
+    """A network that takes rows made elsewhere, such as embeddings of a text encoder too large to be bundled.
+
+    `shapes` has a row's shape by the name of its input, float32 all; None where a family takes any length. The bundle's
+    `conditions.safetensors` holds examples, which it is sampled under where nobody chose, and where there is an `empty`
+    row of each, which stands for none and which guidance needs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["rows"] = "rows"
+    shapes: dict[str, tuple[int | None, ...]] = Field(min_length=1)
+    empty: bool = False
+    guidance: float = 1.0
+
+    @property
+    def can_be_guided(self) -> bool:
+        return self.empty
+
+
+Conditioning = Annotated[ByClass | ByText | ByRows, Field(discriminator="kind")]
 
 
 class Manifest(BaseModel):
@@ -164,17 +196,23 @@ class Bundle:
     def tokenizer(self) -> Path:
         return self.folder / TOKENIZER
 
+    @property
+    def conditions(self) -> Path:
+        return self.folder / CONDITIONS
+
     def weight_bytes(self, network: NetworkName) -> int:
         """Size on disk of a network's graph and data."""
-        return sum((self.folder / name).stat().st_size for name in self.manifest.networks[network].files)
+        held = self.manifest.networks[network]
+        return sum((self.folder / name).stat().st_size for name in held.files if name.startswith(held.graph))
 
 
 def describe(folder: Path, graphs: Mapping[NetworkName, str]) -> dict[NetworkName, NetworkFile]:
-    """NetworkFile of each graph just written into `folder`, with external data and a text encoder's tokenizer."""
+    """NetworkFile of each graph just written into `folder`, with external data and what belongs to it."""
     described: dict[NetworkName, NetworkFile] = {}
     for network, graph in graphs.items():
         names = [graph] + [p.name for p in sorted(folder.glob(graph + ".data"))]
         names += [TOKENIZER] if network == "text_encoder" else []
+        names += [CONDITIONS] if network == "denoiser" and (folder / CONDITIONS).exists() else []
         described[network] = NetworkFile(files={name: sha256(folder / name) for name in names})
     return described
 

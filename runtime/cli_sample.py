@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from .bundle import Bundle, NetworkName
+from .bundle import Bundle, ByRows, NetworkName
 from .console import bar, command, console, machine_facts
 from .engines.base import Rest
 from .errors import AccuQuantError
@@ -18,6 +18,7 @@ from .files import atomic
 from .pictures import grid
 from .pipeline import Pipeline
 from .plan import SamplingPlan
+from .rows import read_rows
 
 
 def sample(
@@ -35,6 +36,10 @@ def sample(
         list[str], typer.Option("--prompt", help="Of text-to-image models; several are taken in turn [its examples].")
     ] = [],  # noqa: B006
     negative: Annotated[str, typer.Option("--negative-prompt", help="What guidance leads away from.")] = "",
+    conditions: Annotated[
+        Path | None,
+        typer.Option(help="Of models without a text encoder: a file of embeddings, taken in turn [its examples]."),
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 1 is none [what the bundle was calibrated for].")
     ] = None,
@@ -66,6 +71,9 @@ def sample(
         wishes["prompts"] = [prompt[i % len(prompt)] for i in range(n)]
     if negative:
         wishes["unwanted"] = [negative] * n
+    rows = _rows(opened, conditions, n)
+    if rows is not None and ray:
+        raise AccuQuantError("--conditions and --ray do not go together yet; sample rows of a file on this machine")
     manifest = opened.manifest
     precision = rest if fp else manifest.scheme + ("" if rest == "float32" else f" with {rest}")
     sampler, calls = (other.sampler, len(other)) if other else (manifest.sampler, len(opened.plan))
@@ -78,7 +86,7 @@ def sample(
         else:
             pipeline = held.enter_context(Pipeline(opened, **opening))
             console.print(f"{said}, on {pipeline.engine.name}")
-            painted = _here(pipeline, wishes, latents)
+            painted = _here(pipeline, wishes, latents, rows)
         begun = time.perf_counter()
         _save(painted, out, seed)
         seconds = time.perf_counter() - begun
@@ -89,7 +97,9 @@ def sample(
     )
 
 
-def _here(pipeline: Pipeline, wishes: dict[str, Sequence[Any]], latents: bool) -> Iterator[np.ndarray]:
+def _here(
+    pipeline: Pipeline, wishes: dict[str, Sequence[Any]], latents: bool, rows: dict[str, np.ndarray] | None
+) -> Iterator[np.ndarray]:
     """Latents or pictures from a pipeline in this process."""
     steps, chunks = len(pipeline.plan), -(-len(wishes["seeds"]) // pipeline.batch)
     with bar() as show:
@@ -97,7 +107,7 @@ def _here(pipeline: Pipeline, wishes: dict[str, Sequence[Any]], latents: bool) -
         def on_step(first: int, done: int, _: np.ndarray) -> None:
             show("sampling", first // pipeline.batch * steps + done, chunks * steps, "")
 
-        made = pipeline.generate(on_step=on_step, **wishes)  # type: ignore[arg-type]
+        made = pipeline.generate(on_step=on_step, rows=rows, **wishes)  # type: ignore[arg-type]
     yield made if latents else pipeline.pictures(made)
 
 
@@ -142,6 +152,16 @@ def _classes(text: str, n: int) -> list[int]:
     except ValueError:
         raise AccuQuantError(f"--class {text!r}: write whole numbers separated by commas, such as 207,360") from None
     return [named[i % len(named)] for i in range(n)]
+
+
+def _rows(bundle: Bundle, path: Path | None, n: int) -> dict[str, np.ndarray] | None:
+    """The rows of a file for n pictures, in turn; None if no file was named."""
+    if path is None:
+        return None
+    known = bundle.manifest.conditioning
+    if not isinstance(known, ByRows):
+        raise AccuQuantError(f"--conditions {path}: the network takes no rows of a file; leave it out")
+    return read_rows(path, known).of(range(n))
 
 
 main = command(sample)

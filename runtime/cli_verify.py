@@ -47,9 +47,7 @@ def _called(bundle: Bundle, network: NetworkName, engine: str) -> str:
         x = noise.batch([0], -1, shape)
         if pipeline.conditions is not None:
             free = pipeline.conditions.free() if pipeline.denoiser.is_guided else None
-            pipeline.denoiser.under(
-                pipeline.conditions.name, pipeline.conditions.rows(pipeline.conditions.wishes([0])), free
-            )
+            pipeline.denoiser.under(pipeline.conditions.rows(pipeline.conditions.wishes([0])), free)
         out = pipeline.denoiser(x, bundle.plan.steps[0].timestep)
         if out.shape != x.shape or not np.isfinite(out).all():
             raise AccuQuantError(

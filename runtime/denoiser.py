@@ -30,14 +30,16 @@ class Denoiser:
         self._strength = np.float32(guidance) * np.ones((batch, 1, 1, 1), np.float32)
         self._fed = {port.name: np.zeros(port.shape, port.dtype) for port in engine.inputs}
 
-    def under(self, name: str, rows: np.ndarray, free: np.ndarray | None = None) -> None:
-        """Put the next calls under a condition: `rows` (batch, ...) for input `name`; if guided, `free` too.
+    def under(self, rows: Mapping[str, np.ndarray], free: Mapping[str, np.ndarray] | None = None) -> None:
+        """Put the next calls under a condition: `rows` (batch, ...) by input; if guided, `free` too.
 
-        `free` is (...), or (batch, ...) where samples differ in what stands for none.
+        `free` has (...) by input, or (batch, ...) where samples differ in what stands for none.
         """
-        self._fed[name][: self.batch] = rows
-        if self.is_guided:
-            self._fed[name][self.batch :] = free
+        for name, value in rows.items():
+            self._fed[name][: self.batch] = value
+            if self.is_guided:
+                assert free is not None
+                self._fed[name][self.batch :] = free[name]
 
     def guided_by(self, strengths: Sequence[float]) -> None:
         """Guide the next calls' samples by `strengths` (batch,)."""

@@ -1,6 +1,6 @@
 """The pipeline: load a bundle, generate from seeds, close. What servers, notebooks and commands all hold."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -68,16 +68,17 @@ class Pipeline:
         *,
         classes: Sequence[int] | None = None,
         prompts: Sequence[str] | None = None,
+        rows: Mapping[str, np.ndarray] | None = None,
         unwanted: str | Sequence[str] = "",
         guidance: Sequence[float] | None = None,
         on_output: OnOutput | None = None,
     ) -> np.ndarray:
         """Final latents, float32 (len(seeds), C, H, W), in the order of `seeds`.
 
-        `classes` or `prompts` holds one for every seed, whichever the network takes; without it seed s is sampled under
-        class s mod classes, or the bundle's example s mod examples. `unwanted` is a negative prompt, for all
-        or for every seed. `guidance` has a strength for every seed, of a pipeline that was opened with guidance.
-        `on_step` and `on_output` see whole batches, filled-up rows too, and may raise to stop.
+        `classes`, `prompts` or `rows` (by input, float32) holds one for every seed, whichever the network takes;
+        without it seed s is sampled under class s mod classes, or the bundle's example s mod examples. `unwanted` is a
+        negative prompt, for all or for every seed. `guidance` has a strength for every seed, of a pipeline that was
+        opened with guidance. `on_step` and `on_output` see whole batches, filled-up rows too, and may raise to stop.
 
         Raises:
             AccuQuantError: a seed or class out of range, a condition of the other kind, guidance or a negative prompt
@@ -86,17 +87,17 @@ class Pipeline:
         wrong = [s for s in seeds if not 0 <= s < 2**64]
         if wrong:
             raise AccuQuantError(f"seed {wrong[0]} is out of range; seeds are whole numbers from 0 to 2^64 - 1")
-        condition, free = self._condition(seeds, classes, prompts, unwanted)
+        given = None if rows is None else _one_by_one(rows)
+        condition, free = self._condition(seeds, {"classes": classes, "prompts": prompts, "rows": given}, unwanted)
         strengths = self._strengths(seeds, guidance)
         results = []
         for first in range(0, len(seeds), self.batch):
             last = min(first + self.batch, len(seeds)) - 1
             # The engine's batch is fixed, so a short last chunk is filled up and cut off again.
-            rows = [min(i, last) for i in range(first, first + self.batch)]
-            chosen = [seeds[i] for i in rows]
-            if self.conditions is not None and condition is not None:
-                self.denoiser.under(self.conditions.name, condition[rows], None if free is None else free[rows])
-                self.denoiser.guided_by([strengths[i] for i in rows])
+            places = [min(i, last) for i in range(first, first + self.batch)]
+            chosen = [seeds[i] for i in places]
+            self.denoiser.under(_at(condition, places), None if free is None else _at(free, places))
+            self.denoiser.guided_by([strengths[i] for i in places])
             results.append(self._sample(chosen, first, on_step, on_output)[: last + 1 - first])
         return np.concatenate(results)
 
@@ -105,16 +106,12 @@ class Pipeline:
         return self._decoder(latents)
 
     def _condition(
-        self,
-        seeds: Sequence[int],
-        classes: Sequence[int] | None,
-        prompts: Sequence[str] | None,
-        unwanted: str | Sequence[str],
-    ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """For every seed a row of the condition and, if guided, one that stands for none."""
+        self, seeds: Sequence[int], wanted: Mapping[str, Sequence[Any] | None], unwanted: str | Sequence[str]
+    ) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray] | None]:
+        """By input a row of the condition for every seed and, if guided, one that stands for none."""
         asked: dict[str, Sequence[Any]] = {}
         takes = "no condition" if self.conditions is None else self.conditions.takes
-        for kind, given in (("classes", classes), ("prompts", prompts)):
+        for kind, given in wanted.items():
             if given is None:
                 continue
             if kind != takes:
@@ -128,11 +125,12 @@ class Pipeline:
         if any(avoided) and not self.denoiser.is_guided:
             raise AccuQuantError("a negative prompt takes effect through guidance; give a guidance above 1 with it")
         if self.conditions is None:
-            return None, None
+            return {}, None
         rows = self.conditions.rows(asked.get(takes, self.conditions.wishes(seeds)))
         if not self.denoiser.is_guided:
             return rows, None
-        return rows, np.stack([self.conditions.free(text) for text in avoided])
+        free = [self.conditions.free(text) for text in avoided]
+        return rows, {name: np.stack([row[name] for row in free]) for name in rows}
 
     def _strengths(self, seeds: Sequence[int], guidance: Sequence[float] | None) -> Sequence[float]:
         strengths = [self.denoiser.guidance] * len(seeds) if guidance is None else guidance
@@ -174,3 +172,15 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _at(rows: Mapping[str, np.ndarray], places: list[int]) -> dict[str, np.ndarray]:
+    return {name: value[places] for name, value in rows.items()}
+
+
+def _one_by_one(rows: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Rows (n, ...) by input as n rows."""
+    counts = sorted({len(value) for value in rows.values()})
+    if len(counts) != 1:
+        raise AccuQuantError(f"{counts} rows were given; give as many of every input")
+    return [{name: value[i] for name, value in rows.items()} for i in range(counts[0])]

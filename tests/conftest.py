@@ -62,6 +62,12 @@ def formula() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def stable() -> ModuleType:
+    """A small Stable Diffusion in one file."""
+    return load_module("stable")
+
+
+@pytest.fixture(scope="session")
 def stand_in() -> ModuleType:
     """CUDA and TensorRT's classes for machines without a GPU."""
     return load_module("stand_in_gpu")

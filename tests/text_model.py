@@ -1,5 +1,6 @@
 """A latent text-to-image model small enough for a test: text encoder with tokenizer, guided denoiser, decoder."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,28 +21,32 @@ EXAMPLES = ("red apple", "blue heart", "red heart")
 
 
 class Network(nn.Module):
-    """A denoiser that adds what it was told, and when, to every position."""
+    """A denoiser that adds what it was told, by a sequence and, if `pooled`, as a whole, and when."""
 
-    def __init__(self):
+    def __init__(self, pooled):
         super().__init__()
         self.first = nn.Conv2d(2, 32, 3, padding=1)
         self.time, self.text = nn.Linear(32, 32), nn.Linear(8, 32)
         self.middle = nn.Conv2d(32, 32, 3, padding=1)
         self.last = nn.Conv2d(32, 2, 3, padding=1)
+        self.whole = nn.Linear(4, 32) if pooled else None
 
-    def forward(self, x, t, context):
+    def forward(self, x, t, context, pooled=None):
         told = self.time(timestep_embedding(t, 32)) + self.text(context.flatten(1).reshape(-1, 4, 8)).mean(1)
+        told = told if self.whole is None else told + self.whole(pooled)
         h = F.silu(self.first(x) + told[:, :, None, None])
         return self.last(F.silu(self.middle(h)))
 
 
 class Words(nn.Module):
-    def __init__(self):
+    def __init__(self, pooled):
         super().__init__()
         self.embedding, self.mix = nn.Embedding(8, 8), nn.Linear(8, 8)
+        self.pool = nn.Linear(8, 4) if pooled else None
 
     def forward(self, tokens):
-        return torch.tanh(self.mix(self.embedding(tokens)))
+        sequence = torch.tanh(self.mix(self.embedding(tokens)))
+        return sequence if self.pool is None else (sequence, self.pool(sequence.mean(1)))
 
 
 class Upscale(nn.Module):
@@ -62,9 +67,10 @@ def tokenizer():
     return library.to_str()
 
 
-def model(*_):
+def model(*_, pooled=False):
     torch.manual_seed(0)
-    network, words, upscale = Network(), Words(), Upscale()
+    network, words, upscale = Network(pooled), Words(pooled), Upscale()
+    inputs = ("context", "pooled") if pooled else ("context",)
     return DiffusionModel(
         family="toy", found="a toy", network=network.eval().requires_grad_(False), sample_shape=(2, 8, 8),
         noise_schedule={
@@ -73,8 +79,8 @@ def model(*_):
         },
         role_of=lambda name: {"first": "first", "last": "last", "time": "time"}.get(name, "body"),
         block_of=lambda name: name, default_sampler="ddim", default_steps=4,
-        conditioning=ByText(examples=EXAMPLES, guidance=3.0), text=TextEncoder(words.eval(), tokenizer()),
-        decoder=upscale.eval(),
+        conditioning=ByText(inputs=inputs, examples=EXAMPLES, guidance=3.0),
+        text=TextEncoder(words.eval(), tokenizer()), decoder=upscale.eval(),
     )  # fmt: skip
 
 
@@ -90,9 +96,9 @@ def request(folder: Path) -> building.Request:
     )
 
 
-def export(folder: Path) -> Bundle:
+def export(folder: Path, pooled: bool = False) -> Bundle:
     """It as a W8A8 bundle of four steps and guidance 3."""
     asked = request(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "load_model", model)
+        patch.setattr(building, "load_model", partial(model, pooled=pooled))
         return building.build(asked, building.prepare(asked), lambda *_: None).bundle

@@ -19,8 +19,11 @@ from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import Trajectory, simulate
 from accuquant.export.build import Request, build
 from accuquant.export.build import prepare as prepare_request
-from accuquant.export.graph import trace_float
+from accuquant.export.graph import save_graph, trace_float
+from accuquant.export.verify import check_graph
 from accuquant.runtime.bundle import Bundle
+from accuquant.runtime.engines.base import EngineOptions
+from accuquant.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from accuquant.runtime.plan import SamplingPlan
 from torch import Tensor, nn
 
@@ -65,6 +68,14 @@ def unet(seed: int = 0, config: UNetConfig = CONFIG) -> UNet:
             else:
                 p.normal_(0.0, 0.1, generator=generator)
     return network.eval().requires_grad_(False)
+
+
+def on_onnxruntime(graph: ir.Model, path: Path, inputs: dict[str, Tensor]) -> Tensor:
+    """What a graph, written, checked and read again, makes of inputs (2, ...) by name."""
+    save_graph(graph, path)
+    check_graph(path)
+    engine = OnnxRuntimeEngine(path, EngineOptions(batch=2))
+    return torch.from_numpy(engine.run({name: value.numpy() for name, value in inputs.items()}))
 
 
 @lru_cache

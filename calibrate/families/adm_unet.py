@@ -53,10 +53,10 @@ class AdmConfig:
         return self.heads or channels // self.head_channels
 
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoids of t (B,) as (B, dim): first all cosines, then all sines, frequencies 10000^(-i / (dim/2))."""
+def timestep_embedding(t: Tensor, dim: int, shift: int = 0) -> Tensor:
+    """Sinusoids of t (B,) as (B, dim): first all cosines, then all sines, frequencies 10000^(-i / (dim/2 - shift))."""
     half = dim // 2
-    rate = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / half))
+    rate = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / (half - shift)))
     angle = t.float()[:, None] * rate[None, :]
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, dim % 2))
 

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...runtime.errors import AccuQuantError
-from ...runtime.tokenizer import Tokenizer
 from ..checkpoint import load_weights
 from ..model import TextEncoder
+from . import tokenizer_file
 
 PREFIX = "cond_stage_model.transformer."
 HEADS, HEAD_CHANNELS = 8, 64
+GUIDANCE = 5.0  # of the original's text-to-image script
 
 
 class Attention(nn.Module):
@@ -115,18 +116,11 @@ def load(state: Mapping[str, Tensor], path: Path) -> TextEncoder:
 
 
 def _tokenizer(path: Path, network: BertText) -> str:
-    beside = path.with_suffix(".tokenizer.json")
+    beside = tokenizer_file.beside(path)
     length, known = network.pos_emb.emb.num_embeddings, network.token_emb.num_embeddings
     if not beside.exists():
         raise AccuQuantError(
             f"{path}: a text encoder without its tokenizer; put the tokenizer.json it was trained with (of the "
             f"tokenizers library, padding and truncating to {length}) beside it as {beside.name}"
         )
-    text = beside.read_text()
-    tokenizer = Tokenizer(text, str(beside))
-    if tokenizer.length != length or tokenizer.size > known:
-        raise AccuQuantError(
-            f"{beside} makes {tokenizer.length} tokens out of {tokenizer.size}; the text encoder reads {length} "
-            f"out of {known}: it belongs to another model"
-        )
-    return text
+    return tokenizer_file.read_tokenizer(beside, length, known)

@@ -55,7 +55,15 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
         AccuQuantError: unknown number of heads, keys that contradict each other, or weights missing, left over or not
             finite.
     """
-    shape = shape_from_keys(state, path, _heads(path, config, state["pos_embed"].shape[2]))
+    return assemble(state, shape_from_keys(state, path, _heads(path, config, state["pos_embed"].shape[2])), path, NAME)
+
+
+def assemble(state: Mapping[str, Tensor], shape: DitConfig, path: Path, name: str) -> DiffusionModel:
+    """The model of that shape with these weights, its learned variance left out; `name` is whose layout they came in.
+
+    Raises:
+        AccuQuantError: other channels out than in, or weights missing, left over or not finite.
+    """
     network = DiT(shape)
     weights = dict(state)
     rows = shape.patch**2
@@ -72,7 +80,7 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     return DiffusionModel(
         family="dit",
-        found=f"{NAME}, {millions:.2f} M parameters, latent {shape.channels}x{shape.size}x{shape.size}, "
+        found=f"{name}, {millions:.2f} M parameters, latent {shape.channels}x{shape.size}x{shape.size}, "
         f"{shape.classes} classes, {shape.heads} heads",
         network=network.eval().requires_grad_(False),
         sample_shape=(shape.channels, shape.size, shape.size),

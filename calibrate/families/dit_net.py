@@ -23,7 +23,10 @@ FREQUENCIES = 256  # numbers that a timestep is embedded in
 
 @dataclass(frozen=True)
 class DitConfig:
-    """Shape of the network; `size` is the latent's height and width, `classes` counts without the one for none."""
+    """Shape of the network; `size` is the latent's height and width, `classes` counts without the one for none.
+
+    `frequency_shift` and `mlp_eps` are where diffusers' network is another than the authors'.
+    """
 
     size: int
     patch: int
@@ -33,6 +36,8 @@ class DitConfig:
     heads: int
     hidden: int
     classes: int
+    frequency_shift: int = 0
+    mlp_eps: float = 1e-6
 
 
 class Attention(nn.Module):
@@ -61,21 +66,22 @@ class Mlp(nn.Module):
         return cast(Tensor, self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """Layer norm of tokens (B, N, width) without parameters, then shift and scale (B, width)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
 
 
 class Block(nn.Module):
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
+        self.eps = config.mlp_eps
         self.attn, self.mlp = Attention(config.width, config.heads), Mlp(config.width, config.hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(told).chunk(6, dim=1)
         x = x + gate[:, None] * self.attn(modulated(x, shift, scale))
-        return cast(Tensor, x + gate_mlp[:, None] * self.mlp(modulated(x, shift_mlp, scale_mlp)))
+        return cast(Tensor, x + gate_mlp[:, None] * self.mlp(modulated(x, shift_mlp, scale_mlp, self.eps)))
 
 
 class Final(nn.Module):
@@ -107,7 +113,8 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         side, patch, channels = self.config.size // self.config.patch, self.config.patch, self.config.channels
         tokens = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
-        told = self.t_embedder["mlp"](timestep_embedding(t, FREQUENCIES)) + self.y_embedder["embedding_table"](y)
+        when = timestep_embedding(t, FREQUENCIES, self.config.frequency_shift)
+        told = self.t_embedder["mlp"](when) + self.y_embedder["embedding_table"](y)
         for block in self.blocks:
             tokens = block(tokens, told)
         out = self.final_layer(tokens, told).reshape(-1, side, side, patch, patch, channels)

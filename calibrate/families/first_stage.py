@@ -1,8 +1,9 @@
 """The first stage of latent diffusion: from latents back to pictures, in CompVis's parameter layout.
 
-    picture = decoder( post_quant_conv( z / scale ) ),     with a codebook:  z / scale goes to its nearest entries first
+    picture = decoder( post_quant_conv( z / scale + shift ) ),     with a codebook: to its nearest entries first
 
-of AutoencoderKL and of VQModelInterface. Only what decodes is built; the encoder is not needed to sample.
+of AutoencoderKL and of VQModelInterface; CompVis's models have no shift. Only what decodes is built; the encoder is
+not needed to sample.
 """
 
 import re
@@ -107,15 +108,15 @@ class Decoder(nn.Module):
     """Latents (B, C, H, W) as the denoiser makes them to pictures (B, 1 or 3, fH, fW), about in [-1, 1]."""
 
     def __init__(
-        self, network: Network, post_quant_conv: nn.Conv2d, codebook: nn.Embedding | None, scale: float
+        self, network: Network, post_quant_conv: nn.Conv2d, codebook: nn.Embedding | None, scale: float, shift: float
     ) -> None:
         super().__init__()
-        self.decoder, self.post_quant_conv, self.scale = network, post_quant_conv, scale
+        self.decoder, self.post_quant_conv, self.scale, self.shift = network, post_quant_conv, scale, shift
         if codebook is not None:
             self.quantize = nn.ModuleDict({"embedding": codebook})
 
     def forward(self, z: Tensor) -> Tensor:
-        z = z / self.scale
+        z = z / self.scale + self.shift
         if hasattr(self, "quantize"):
             entries = cast(nn.Embedding, self.quantize["embedding"]).weight
             flat = z.permute(0, 2, 3, 1)
@@ -125,7 +126,7 @@ class Decoder(nn.Module):
         return cast(Tensor, self.decoder(self.post_quant_conv(z)))
 
 
-def load_decoder(state: Mapping[str, Tensor], scale: float, path: Path) -> Decoder:
+def load_decoder(state: Mapping[str, Tensor], scale: float, path: Path, shift: float = 0.0) -> Decoder:
     """Build the decoder that the keys (without `first_stage_model.`) describe and load it strictly.
 
     Raises:
@@ -147,6 +148,7 @@ def load_decoder(state: Mapping[str, Tensor], scale: float, path: Path) -> Decod
         nn.Conv2d(channels, channels_out, 1),
         None if entries is None else nn.Embedding(*entries.shape),
         scale,
+        shift,
     )
     load_weights(decoder, kept, path)
     return decoder.eval().requires_grad_(False)

@@ -1,14 +1,15 @@
-"""Latent diffusion in CompVis's layout: `.ckpt` or `.safetensors` in, DiffusionModel with its decoder out.
+"""Latent diffusion in CompVis's layout, Stable Diffusion's too: `.ckpt` or `.safetensors` in, DiffusionModel out.
 
 One file holds the denoiser (`model.diffusion_model.*`, its EMA copy as `model_ema.*` with the dots removed), the first
 stage and, of conditional models, the embedding of classes or the text encoder; EMA weights are taken where they are.
-What the keys do not say (the latent's size, the noise schedule, how attention is cut into heads) is known for published
-models, and is read from the repository's own YAML beside the checkpoint (or `--config`) for others:
+What the keys do not say (ldm_facts.py) is known for published models, and is read from the repository's own YAML beside
+the checkpoint (or `--config`) for others:
 
     model:
       params:
         linear_start: 0.0015
         linear_end: 0.0195
+        parameterization: eps                                # or v, x0
         image_size: 64
         scale_factor: 1.0
         unet_config: {params: {num_head_channels: 32}}       # or num_heads
@@ -17,11 +18,11 @@ models, and is read from the repository's own YAML beside the checkpoint (or `--
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import torch
 from torch import Tensor, nn
 
 from ...runtime.bundle import ByClass, ByText, Conditioning
@@ -29,53 +30,24 @@ from ...runtime.errors import AccuQuantError
 from ..checkpoint import load_weights
 from ..model import DiffusionModel, TextEncoder
 from ..scheme import Role
-from . import adm, bert_text
+from . import adm, bert_text, clip_text
 from .adm_unet import AdmConfig, AdmUNet
+from .diffusers_names import renamed, unet_names
 from .first_stage import load_decoder
+from .ldm_facts import PREDICTIONS, PROMPTS, Facts, check_facts, read_facts, returned_noise
 
 NAME = "CompVis latent diffusion"
 UNET, EMA, FIRST_STAGE = "model.diffusion_model.", "model_ema.", "first_stage_model."
 CLASSES = "cond_stage_model.embedding.weight"
 GUIDANCE = 3.0  # of the original's notebook for ImageNet
-TEXT_GUIDANCE = 5.0  # of its text-to-image script
 
 
-class Facts(BaseModel):
-    """What the keys do not say, in the words of the repository's YAML; other entries are ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    image_size: int = Field(gt=0)
-    linear_start: float = Field(gt=0)
-    linear_end: float = Field(gt=0)
-    timesteps: int = Field(default=1000, gt=0)
-    parameterization: str = "eps"
-    scale_factor: float = 1.0
-    num_heads: int = -1
-    num_head_channels: int = -1
-    prompts: tuple[str, ...] = ()
-
-
-def _published(size: int, end: float, **heads: int) -> Facts:
-    return Facts.model_validate({"image_size": size, "linear_start": 0.0015, "linear_end": end, **heads})
-
-
-# model_channels, channel_mult, context width -> the published models of that shape.
-PUBLISHED: Mapping[tuple[int, tuple[float, ...], int | None], tuple[str, Facts]] = {
-    (224, (1, 2, 3, 4), None): ("LDM-4 of LSUN, FFHQ and CelebA-HQ", _published(64, 0.0195, num_head_channels=32)),
-    (192, (1, 2, 2, 4, 4), None): ("LDM-8 of LSUN churches", _published(32, 0.0155, num_heads=8)),
-    (192, (1, 2, 3, 5), 512): ("LDM-4 of ImageNet", _published(64, 0.0195, num_heads=1)),
-}
-
-
-# What a model of text is calibrated with where its YAML names nothing.
-PROMPTS = (
-    "a red apple on a wooden table", "a portrait of an old man with a beard", "a city street at night in the rain",
-    "a small house by a lake in autumn", "an oil painting of a sailing ship", "two dogs playing on a beach",
-    "a bowl of soup with vegetables", "a castle on a hill at sunrise", "a yellow car in front of a brick wall",
-    "a close-up photograph of a flower", "an astronaut riding a horse", "a bookshelf full of old books",
-    "a cat sleeping on a sofa", "snowy mountains under a blue sky", "a drawing of a bicycle", "people in a busy market",
-)  # fmt: skip
+# Input channels of U-Nets that are given more than a latent, and what they are.
+GIVEN_MORE: Mapping[int, str] = {
+    5: "a depth-to-image model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model",
+}  # fmt: skip
+PROBED = 32  # positions a side of the latent that tells what a network predicts
+TEXTS = (bert_text, clip_text)
 
 
 def recognise(stored: Any) -> dict[str, Tensor] | None:
@@ -118,15 +90,11 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
             text encoder without its tokenizer, or weights missing, left over or not finite.
     """
     unet, averaged = _unet(state)
+    _refuse_others(state, unet, path)
     shape = adm.shape_from_keys(unet, path)
     context = next((v.shape[1] for k, v in unet.items() if k.endswith("transformer_blocks.0.attn2.to_k.weight")), None)
-    if "label_emb.0.0.weight" in unet:
-        raise AccuQuantError(f"{path}: a U-Net with pooled text (SDXL) is not supported yet")
-    facts, source = _facts(path, config, shape, context)
+    facts, source, otherwise = read_facts(path, config, shape, context)
     channels = unet["input_blocks.0.0.weight"].shape[1]
-    if len(unet["out.2.weight"]) != channels:
-        raise AccuQuantError(f"{path}: {channels} channels in and {len(unet['out.2.weight'])} out; models given "
-                             "a picture besides are not supported")  # fmt: skip
     depth = {int(m[1]) for k in unet if (m := re.search(r"\.transformer_blocks\.(\d+)\.", k))}
     made = AdmConfig(
         **shape,
@@ -138,9 +106,15 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
         depth=len(depth) or 1,
         linear_projection=next((v.ndim == 2 for k, v in unet.items() if k.endswith(".proj_in.weight")), False),
     )
-    _check(made, facts, source)
-    network, weights, conditioning, text = _conditioned(AdmUNet(made), _sorted(unet, made), state, facts, path)
+    check_facts(made, facts, source)
+    with torch.device("meta"):
+        empty = AdmUNet(made)
+    network, weights, conditioning, text = _conditioned(empty, _sorted(unet, made), state, facts, path)
     load_weights(network, weights, path)
+    network.eval().requires_grad_(False)
+    told = ""
+    if otherwise is not None and text is not None:
+        facts, told = _told_by_weights(network, text, facts, otherwise, channels)
     first_stage = {k.removeprefix(FIRST_STAGE): v for k, v in state.items() if k.startswith(FIRST_STAGE)}
     scale = float(state["scale_factor"]) if "scale_factor" in state else facts.scale_factor
     millions, size = sum(p.numel() for p in network.parameters()) / 1e6, facts.image_size
@@ -149,15 +123,15 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
     return DiffusionModel(
         family="ldm",
         found=f"{NAME}, {millions:.2f} M parameters{ema}, latent {channels}x{size}x{size}{kinds}, "
-        f"configuration from {source}",
-        network=network.eval().requires_grad_(False),
+        f"configuration from {source}{told}",
+        network=network,
         sample_shape=(channels, size, size),
         noise_schedule={
             "num_train_timesteps": facts.timesteps,
             "beta_start": facts.linear_start,
             "beta_end": facts.linear_end,
             "beta_schedule": "scaled_linear",
-            "prediction_type": {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[facts.parameterization],
+            "prediction_type": PREDICTIONS[facts.parameterization],
             "timestep_spacing": "leading",
             "steps_offset": 1,
         },
@@ -168,6 +142,54 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
         conditioning=conditioning,
         text=text,
         decoder=load_decoder(first_stage, scale, path) if first_stage else None,
+        adaptable=partial(adaptable, network, text),
+    )
+
+
+def adaptable(network: nn.Module, text: TextEncoder | None) -> dict[str, nn.Module]:
+    """The layers that a LoRA may change, under their names here and in diffusers."""
+    if text is None:
+        return {}
+    unet = cast(AdmUNet, network.unet)
+    config = unet.config
+    names = unet_names(len(config.channel_mult), config.num_res_blocks, config.attention)
+    layers: dict[str, nn.Module] = {
+        f"unet.{k}": m for k, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)
+    }
+    layers |= {f"unet.{renamed(k.removeprefix('unet.'), names)}": m for k, m in layers.items()}
+    if isinstance(text.network, clip_text.ClipText):
+        for name, module in text.network.named_modules():
+            if isinstance(module, nn.Linear):
+                layers[f"text_encoder.text_model.{name}"] = layers[f"text_encoder.{name}"] = module
+    return layers
+
+
+def _refuse_others(state: Mapping[str, Tensor], unet: Mapping[str, Tensor], path: Path) -> None:
+    """Models of these keys that this family does not know, by their names."""
+    if any(key.startswith("conditioner.embedders.") for key in state):
+        raise AccuQuantError(f"{path}: Stable Diffusion XL is not supported yet; Stable Diffusion 1 and 2 are")
+    if "label_emb.0.0.weight" in unet:
+        raise AccuQuantError(
+            f"{path}: a U-Net with pooled text or picture embeddings (label_emb: Stable Diffusion XL, unCLIP) is not "
+            "supported yet"
+        )
+    channels, out = unet["input_blocks.0.0.weight"].shape[1], len(unet["out.2.weight"])
+    if out != channels:
+        what = f": {GIVEN_MORE[channels]}" if channels in GIVEN_MORE else ""
+        raise AccuQuantError(
+            f"{path}: {channels} channels in and {out} out{what}; models given a picture besides are not supported"
+        )
+
+
+def _told_by_weights(
+    network: nn.Module, text: TextEncoder, noise: Facts, otherwise: Facts, channels: int
+) -> tuple[Facts, str]:
+    """Which of two models with the same keys this is, and a remark for the person who gave the file."""
+    share = returned_noise(network, channels, PROBED, noise.timesteps - 1, {"context": text([""])[0]})
+    facts = noise if share > 0.5 else otherwise
+    return facts, (
+        f"; predicts {facts.parameterization} at {facts.image_size}x{facts.image_size}, judged by its weights: at the "
+        f"last timestep it gives back {share:.2f} of the noise it is given (a YAML would overrule that)"
     )
 
 
@@ -195,12 +217,13 @@ def _conditioned(
         # The last one was put in the place of classes that were dropped in training.
         known = ByClass(classes=len(table) - 1, null=len(table) - 1, guidance=GUIDANCE)
         return ByClassContext(unet, len(table), width), inside | {"embedding.weight": table}, known, None
-    if bert_text.recognise(state):
-        told = ByText(examples=facts.prompts or PROMPTS, guidance=TEXT_GUIDANCE)
-        return ByContext(unet), inside, told, bert_text.load(state, path)
+    for family in TEXTS:
+        if family.recognise(state):
+            told = ByText(examples=facts.prompts or PROMPTS, guidance=family.GUIDANCE)
+            return ByContext(unet), inside, told, family.load(state, path)
     raise AccuQuantError(
         f"{path}: the U-Net reads a context of width {width} and the file holds neither an embedding of classes nor a "
-        "text encoder that is known (CompVis's BERTEmbedder)"
+        "text encoder that is known (CLIP's of transformers or OpenCLIP, CompVis's BERTEmbedder)"
     )
 
 
@@ -222,53 +245,3 @@ def _sorted(unet: Mapping[str, Tensor], config: AdmConfig) -> dict[str, Tensor]:
         if re.search(r"\.qkv\.(weight|bias)$", name):
             weights[name] = adm.sort_qkv(weights[name], config)
     return weights
-
-
-def _facts(path: Path, config: Path | None, shape: Mapping[str, Any], context: int | None) -> tuple[Facts, str]:
-    beside = next((p for p in (path.with_suffix(".yml"), path.with_suffix(".yaml")) if p.exists()), None)
-    chosen = config or beside
-    if chosen is None:
-        known = PUBLISHED.get((shape["model_channels"], shape["channel_mult"], context))
-        if known is None:
-            raise AccuQuantError(
-                f"{path}: its keys say neither how large latents are nor what the noise schedule is; put its "
-                f"training's YAML beside it as {path.with_suffix('.yaml').name}, or name the file with --config"
-            )
-        return known[1], f"the published {known[0]}"
-    try:
-        read = yaml.safe_load(chosen.read_text())
-        params = read["model"]["params"]
-        heads = params["unet_config"]["params"]
-        facts = Facts.model_validate(
-            {
-                **params,
-                **{k: heads[k] for k in ("num_heads", "num_head_channels") if k in heads},
-                "prompts": read.get("prompts", ()),
-            }
-        )
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AccuQuantError(f"{chosen} cannot be read as YAML: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise AccuQuantError(
-            f"{chosen} has no model.params.unet_config.params ({error}); CompVis's form expected"
-        ) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise AccuQuantError(f"{chosen}: model.params.{name}: {first['msg']}") from error
-    return facts, chosen.name
-
-
-def _check(config: AdmConfig, facts: Facts, source: str) -> None:
-    if facts.parameterization not in ("eps", "v", "x0"):
-        raise AccuQuantError(f"{source}: parameterization {facts.parameterization!r}; known: eps, v, x0")
-    levels = len(config.channel_mult)
-    if facts.image_size % 2 ** (levels - 1):
-        raise AccuQuantError(f"{source}: image_size {facts.image_size} cannot be halved {levels - 1} times")
-    flag = "num_heads" if facts.num_head_channels == -1 else "num_head_channels"
-    divisor = getattr(facts, flag)
-    for level in (*config.attention, levels - 1):
-        if divisor < 1 or config.width(level) % divisor:
-            raise AccuQuantError(
-                f"{source}: {flag} {divisor} does not divide the {config.width(level)} channels of level {level}"
-            )

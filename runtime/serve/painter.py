@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..bundle import Bundle, ByClass, ByText, NetworkName
+from ..bundle import Bundle, ByClass, ByRows, ByText, NetworkName
 from ..conditions import check_guidance
 from ..errors import AccuQuantError
 from ..pipeline import Pipeline
@@ -42,13 +42,18 @@ class Painter:
         guidance: float | None = None,
     ) -> None:
         manifest = bundle.manifest
+        if isinstance(manifest.conditioning, ByRows):
+            raise AccuQuantError(
+                f"{bundle.folder} takes rows of a file, which requests of this API do not carry; sample it with "
+                "accuquant-sample --conditions"
+            )
         self.name = bundle.folder.resolve().name + (FULL_PRECISION if network == "twin" else "")
         self.precision = "full precision" if network == "twin" else manifest.scheme
         self.pipeline = Pipeline(
             bundle, network=network, engine=engine, batch=batch, threads=threads, guidance=guidance
         )
         self.batch, self.steps = batch, len(self.pipeline.plan)
-        self.conditioning = manifest.conditioning
+        self.conditioning: ByClass | ByText | None = manifest.conditioning
         # Only a decoder knows how large its pictures are; it is opened here, not under the first request.
         nothing = self.pipeline.pictures(np.zeros((1, *manifest.sample_shape), np.float32))
         _, self.height, self.width, channels = nothing.shape

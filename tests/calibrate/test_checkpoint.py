@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuquant.calibrate.checkpoint import read_checkpoint
+from accuquant.calibrate.checkpoint import digest, name_of, read_checkpoint, stored_bytes
 from accuquant.runtime.errors import AccuQuantError
 from safetensors.torch import save_file
 
@@ -55,7 +55,7 @@ def test_empty_file(tmp_path, name):
 @pytest.mark.parametrize("name", ["m.ckpt", "m.safetensors"])
 def test_folder(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(AccuQuantError, match="is a folder"):
+    with pytest.raises(AccuQuantError, match=r"is a folder without model_index\.json"):
         read_checkpoint(tmp_path / name)
 
 
@@ -191,3 +191,16 @@ def test_safetensors_under_another_name_is_refused_not_misread(tmp_path):
     save_file(STATE, tmp_path / "m.ckpt")
     with pytest.raises(AccuQuantError, match=r"m\.ckpt"):
         read_checkpoint(tmp_path / "m.ckpt")
+
+
+def test_a_folders_digest_is_of_names_settings_and_weights_alone(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text("{}")
+    (tmp_path / "README.md").write_text("one")
+    first = digest(tmp_path)
+    (tmp_path / "README.md").write_text("two")
+    assert digest(tmp_path) == first
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert digest(tmp_path) != first
+    assert stored_bytes(tmp_path) == 2
+    assert name_of(tmp_path / "b" / "..") == tmp_path.name

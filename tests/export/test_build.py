@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from accuquant.calibrate.lora import Lora
 from accuquant.calibrate.recipe import Recipe
 from accuquant.calibrate.scheme import QuantScheme
 from accuquant.calibrate.spec import PRESETS, CalibrationSpec
@@ -160,3 +162,33 @@ def test_a_bundle_for_onnxruntime_goes_the_whole_way(request_for):
     written = {name for name, facts in made.bundle.manifest.operators.items() if facts.output}
     convolutions = {name for name, facts in made.bundle.manifest.operators.items() if facts.kind == "conv"}
     assert written == convolutions
+
+
+def test_what_a_teacher_depends_on_is_in_its_key(request_for, tiny_checkpoint, tmp_path):
+    """The YAML beside the checkpoint, and LoRAs by content and weight: with another, its trajectories are others."""
+
+    class AskedError(Exception):
+        pass
+
+    class Cache:
+        def get(self, depends_on, compute):
+            raise AskedError(json.dumps(depends_on))
+
+    request = request_for(cache=Cache())
+    prepared = prepare(request)
+
+    def key(**changes):
+        with pytest.raises(AskedError) as asked:
+            build(replace(request, **changes), prepared, quiet)
+        return str(asked.value)
+
+    lora, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    lora.write_bytes(b"one")
+    other.write_bytes(b"another")
+    keys = [key(), *(key(loras=(Lora(path, w),)) for path, w in ((lora, 1.0), (lora, 0.5), (other, 1.0)))]
+    yaml = tiny_checkpoint.with_suffix(".yml")
+    yaml.write_text(yaml.read_text() + "# changed\n")
+    keys.append(key())
+    assert len(set(keys)) == 5
+    other.write_bytes(b"one")
+    assert key(loras=(Lora(other, 0.5),)) == key(loras=(Lora(lora, 0.5),))

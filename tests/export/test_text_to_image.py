@@ -16,9 +16,10 @@ from accuquant.runtime.pictures import to_uint8
 from accuquant.runtime.pipeline import Pipeline
 
 
-@pytest.fixture
-def bundle(text_bundle):
-    return text_bundle
+@pytest.fixture(scope="module")
+def bundle(text_model, tmp_path_factory):
+    """Of an encoder that gives a sequence and a whole."""
+    return text_model.export(tmp_path_factory.mktemp("pooled"), pooled=True)
 
 
 def test_the_bundle_holds_every_network_and_the_tokenizer(bundle):
@@ -28,9 +29,10 @@ def test_the_bundle_holds_every_network_and_the_tokenizer(bundle):
 
 def test_the_twin_paints_what_torch_paints(bundle, text_model):
     """Latents to 1e-3, as in other tests of whole chains; pixels to one level of 255."""
-    toy, prompts = text_model.model(), ["blue apple", "red heart", "blue apple"]
+    toy, prompts = text_model.model(pooled=True), ["blue apple", "red heart", "blue apple"]
     network = toy.guided(3.0)
-    run = simulate(network, bundle.plan, [5, 6, 7], toy.sample_shape, {"context": toy.text(prompts)})
+    condition = dict(zip(("context", "pooled"), toy.text(prompts), strict=True))
+    run = simulate(network, bundle.plan, [5, 6, 7], toy.sample_shape, condition)
     with torch.no_grad():
         expected = to_uint8(toy.decoder(run.states[-1]).numpy())
     with Pipeline(bundle, network="twin", batch=2) as pipeline:
@@ -94,8 +96,8 @@ def test_a_decoder_that_exports_wrongly_leaves_no_bundle(text_model, tmp_path, m
     wrong = text_model.request(tmp_path)
     traced = companions._trace
 
-    def off(network, name, example):
-        graph = traced(network, name, example)
+    def off(network, name, example, outputs):
+        graph = traced(network, name, example, outputs)
         for value in graph.graph.initializers.values():
             if value.const_value is not None and value.const_value.shape.rank() == 4:
                 value.const_value = companions.ir.tensor(value.const_value.numpy() * 1.1)

@@ -34,7 +34,7 @@ def test_classes_take_no_negative_prompt():
     ("known", "guidance", "words"),
     [
         (None, 2.0, "the network takes no condition"),
-        (ByClass(classes=5), 2.0, "no class that stands for none"),
+        (ByClass(classes=5), 2.0, "nothing that stands for none"),
         (KNOWN, float("nan"), "out of range"),
         (KNOWN, -1.0, "out of range"),
     ],

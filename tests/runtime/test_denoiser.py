@@ -44,13 +44,13 @@ def x():
 
 def test_without_guidance_every_row_has_its_condition(x):
     denoiser = made(2)
-    denoiser.under("y", np.array([4, 0]))
+    denoiser.under({"y": np.array([4, 0])})
     np.testing.assert_array_equal(denoiser(x, 7.0), x * np.array([5, 1], np.float32).reshape(2, 1, 1, 1) + 7)
 
 
 def test_guidance_goes_from_none_through_the_condition_in_one_call(x):
     denoiser = made(2, 3.0)
-    denoiser.under("y", np.array([1, 2]), np.array(4))
+    denoiser.under({"y": np.array([1, 2])}, {"y": np.array(4)})
     free, wanted = x * 5 + 7, x * np.array([2, 3], np.float32).reshape(2, 1, 1, 1) + 7
     np.testing.assert_allclose(denoiser(x, 7.0), free + 3 * (wanted - free), rtol=1e-5)
     assert denoiser.engine.calls == 1

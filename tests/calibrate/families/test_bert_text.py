@@ -70,7 +70,7 @@ def test_a_text_to_image_checkpoint_takes_prompts(formula, tmp_path):
     x, t = formula.formula_input((3, 3, 8, 8)), torch.tensor([617.0] * 3)
     with torch.no_grad():
         plain, guided = model.network(x, t, **told), model.guided(3.0)(x, t, **told)
-        none = model.network(x, t, context=model.text([""]).expand(3, -1, -1))
+        none = model.network(x, t, context=model.text([""])[0].expand(3, -1, -1))
     assert (plain[0] - plain[1]).abs().max() > 1e-3
     torch.testing.assert_close(guided, none + 3 * (plain - none), rtol=1e-4, atol=1e-4)
 

@@ -51,7 +51,8 @@ def test_a_shifted_timestep_embedding_would_be_seen(formula, tmp_path, monkeypat
     """Others convert these weights with frequencies over (half - 1), which loads and is wrong."""
     case = GOLDEN[LEARNED]
 
-    def shifted(t, dim):
+    def shifted(t, dim, shift):
+        assert shift == 0
         half = dim // 2
         angle = t[:, None] * torch.exp(-np.log(10000) * torch.arange(half) / (half - 1))[None]
         return torch.cat([angle.cos(), angle.sin()], 1)

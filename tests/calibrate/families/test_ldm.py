@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accuquant.calibrate.families import adm, ldm, load_model
+from accuquant.calibrate.families import adm, ldm, ldm_facts, load_model
 from accuquant.calibrate.families.adm_unet import AdmConfig, AdmUNet
 from accuquant.calibrate.families.first_stage import load_decoder
 from accuquant.calibrate.model import quantize
@@ -153,27 +153,32 @@ def test_every_operator_has_a_role_and_reaches_the_graph(formula, tmp_path):
     assert operators.keys() <= operator_nodes(graph).keys()
 
 
-@pytest.mark.parametrize(("key", "known"), ldm.PUBLISHED.items())
+@pytest.mark.parametrize(("key", "known"), ldm_facts.PUBLISHED.items())
 def test_the_published_models_are_known_by_their_keys(key, known, tmp_path):
     """At full shape on meta tensors; millions of parameters as published where they are."""
     channels, mult, context = key
-    facts = known[1]
-    levels, church = len(mult), "churches" in known[0]
+    facts = known.facts
+    levels, church, stable = len(mult), "churches" in known.name, "Stable" in known.name
     with torch.device("meta"):
         network = AdmUNet(
             AdmConfig(
-                3, 3, channels, mult, 2, tuple(range(4)) if church else tuple(range(1, levels)),
+                4 if stable else 3, 4 if stable else 3, channels, mult, 2,
+                (0, 1, 2) if stable else tuple(range(4)) if church else tuple(range(1, levels)),
                 head_channels=facts.num_head_channels, heads=facts.num_heads if facts.num_heads > 0 else None,
-                resblock_updown=church, scale_shift_norm=church, context=context,
+                resblock_updown=church, scale_shift_norm=church, context=context, linear_projection=context == 1024,
             )
         )  # fmt: skip
     found = adm.shape_from_keys(network.state_dict(), tmp_path / "m.ckpt")
     assert (found["model_channels"], found["channel_mult"]) == (channels, mult)
     assert found["resblock_updown"] == found["scale_shift_norm"] == church
-    assert ldm._facts(tmp_path / "m.ckpt", None, found, context) == (facts, f"the published {known[0]}")
+    read = ldm_facts.read_facts(tmp_path / "m.ckpt", None, found, context)
+    assert read == (facts, f"the published {known.name}", known.otherwise)
+    ldm_facts.check_facts(network.config, facts, known.name)
     millions = sum(p.numel() for p in network.parameters()) / 1e6
-    expected = {224: 274.06, 192: millions if church else 400.92 - 1001 * 512 / 1e6}[channels]
-    assert millions == pytest.approx(expected, rel=2e-3)
+    published = {
+        (224, None): 274.06, (192, 512): 400.92 - 1001 * 512 / 1e6, (320, 768): 859.52, (320, 1024): 865.91,
+    }  # fmt: skip
+    assert church or millions == pytest.approx(published[channels, context], rel=1e-4 if stable else 2e-3)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

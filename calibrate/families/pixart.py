@@ -1,0 +1,157 @@
+"""PixArt's transformers (alpha and sigma) as diffusers keeps them: a pipeline's folder, or its transformer/ alone.
+
+The network is diffusers' own. It takes a T5 encoder's output for every token of a text and a mask, 1 where a token
+counts and 0 where it only fills up; the encoder (4.8 billion parameters) is not read: its outputs are given as a file
+of rows. What the 1024-pixel models are told of resolution and aspect is constant here, that of their square pictures.
+A learned variance is left out, as no sampler here reads it. Linear layers and the patches' convolution are quantized,
+the attention's products stay in float.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ...runtime.bundle import ByRows
+from ...runtime.errors import AccuQuantError
+from ..folder import Folder
+from ..model import DiffusionModel
+from ..scheme import Role
+from .autoencoder_kl import find_decoder
+from .from_diffusers import Sampling, build_empty, fill, options, pixels, sampling, settings_of, without_variance
+
+NAME = "diffusers' PixArt folder"
+KIND = "PixArtTransformer2DModel"
+GUIDANCE, STEPS = 4.5, 20  # of diffusers' pipeline
+USUAL = Sampling(
+    {
+        "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
+        "prediction_type": "epsilon",
+    },
+    "dpm++2m",
+)  # fmt: skip
+
+
+class Choice(BaseModel):
+    """The folder leaves none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Told(nn.Module):
+    """diffusers' network as a denoiser of x (B, C, H, W), t (B,), context (B, T, width) and mask (B, T), in float32.
+
+    Its parts are called from here, in its order, because its own forward does not export: it folds captions by the
+    latent's batch, and squeezes tokens of which there are many.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        network, patch = self.transformer, self.transformer.config.patch_size
+        for value in (context, mask):
+            torch._check(len(value) == len(x))  # else the exporter takes them for batches of their own
+        hidden = (1 - mask)[:, None] * -10000.0  # what is added to the scores of tokens that only fill up
+        if network.caption_projection is not None:
+            context = network.caption_projection(context)
+        tokens = network.pos_embed(x)
+        untold = {"resolution": None, "aspect_ratio": None}
+        when, embedded = network.adaln_single(t, untold, batch_size=len(x), hidden_dtype=x.dtype)
+        for block in network.transformer_blocks:
+            tokens = block(tokens, encoder_hidden_states=context, encoder_attention_mask=hidden, timestep=when)
+        shift, scale = (network.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
+        out = network.proj_out(network.norm_out(tokens) * (1 + scale) + shift)
+        rows, columns = x.shape[2] // patch, x.shape[3] // patch
+        whole = out.reshape(-1, rows, columns, patch, patch, x.shape[1]).permute(0, 5, 1, 3, 2, 4)
+        return cast(Tensor, whole.reshape(-1, *x.shape[1:]))
+
+
+def recognise(stored: Any) -> Folder | None:
+    """The folder, if `stored` is one with such a transformer."""
+    return stored if isinstance(stored, Folder) and stored.part(KIND) is not None else None
+
+
+def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
+    """Build the network that config.json describes and load the weights strictly.
+
+    Raises:
+        AccuQuantError: settings that diffusers refuses or that are missing, weights missing, left over or not finite,
+            or too many for this machine's memory.
+    """
+    part = folder.part(KIND)
+    assert part is not None
+    options(config, Choice)
+    size, patch, channels, told = settings_of(part, "sample_size", "patch_size", "in_channels", "cross_attention_dim")
+    out = part.config.get("out_channels") or channels
+    if out not in (channels, 2 * channels):
+        raise AccuQuantError(
+            f"{part.path / 'config.json'}: {channels} channels in and {out} out; as many or, with a learned variance, "
+            "twice as many are expected"
+        )
+    network: Any = build_empty(PixArtTransformer2DModel, part, out_channels=channels)
+    stored = part.weights()
+    stored.check_memory()
+    weights = dict(stored)
+    for name in {"proj_out.weight", "proj_out.bias"} & weights.keys():
+        weights[name] = without_variance(weights[name], channels, out, patch)
+    grid, scale = size // patch, network.pos_embed.interpolation_scale
+    positions = get_2d_sincos_pos_embed(network.inner_dim, grid, base_size=grid, interpolation_scale=scale)
+    network.pos_embed.pos_embed = positions.float()[None]
+    fill(network, part, weights)
+    if network.use_additional_conditions:
+        _tell_size(network, pixels(folder, size))
+    width = part.config.get("caption_channels") or told
+    schedule = sampling(folder, USUAL)
+    decoder, words = find_decoder(folder)
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    return DiffusionModel(
+        family="pixart",
+        found=f"{NAME}, {millions:.2f} M parameters, latent {channels}x{size}x{size}, of texts given as rows, {words}",
+        network=Told(network).eval(),
+        sample_shape=(channels, size, size),
+        noise_schedule=schedule.noise_schedule,
+        role_of=role_of,
+        block_of=block_of,
+        default_sampler=schedule.sampler,
+        default_steps=STEPS,
+        conditioning=ByRows(shapes={"context": (None, width), "mask": (None,)}, guidance=GUIDANCE),
+        decoder=decoder,
+    )
+
+
+@torch.no_grad()
+def _tell_size(network: Any, side: int) -> None:
+    """Put what the network is told of resolution and aspect into the bias that it is added to."""
+    embedding = network.adaln_single.emb
+    told = [
+        embedder(embedding.additional_condition_proj(torch.tensor(values))).flatten()
+        for embedder, values in (
+            (embedding.resolution_embedder, [float(side), float(side)]),
+            (embedding.aspect_ratio_embedder, [1.0]),
+        )
+    ]
+    embedding.timestep_embedder.linear_2.bias += torch.cat(told)
+    del embedding.resolution_embedder, embedding.aspect_ratio_embedder
+    network.use_additional_conditions = embedding.use_additional_conditions = False
+
+
+def role_of(name: str) -> Role:
+    """Which part of the network an operator is, for the layer policy."""
+    if name == "transformer.pos_embed.proj":
+        return "first"
+    if name == "transformer.proj_out":
+        return "last"
+    return "time" if name.startswith("transformer.adaln_single.") else "body"
+
+
+def block_of(name: str) -> str:
+    """The transformer block an operator belongs to, or the operator itself."""
+    found = re.match(r"transformer\.transformer_blocks\.\d+", name)
+    return found[0] if found else name
