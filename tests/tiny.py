@@ -71,10 +71,13 @@ def unet(seed: int = 0, config: UNetConfig = CONFIG) -> UNet:
 
 
 def on_onnxruntime(graph: ir.Model, path: Path, inputs: dict[str, Tensor]) -> Tensor:
-    """What a graph, written, checked and read again, makes of inputs (2, ...) by name."""
+    """What a graph, written, checked and read again, makes of inputs (B, ...) by name.
+
+    B other than the 2 of the exporter's example shows whether the graph goes for any batch.
+    """
     save_graph(graph, path)
     check_graph(path)
-    engine = OnnxRuntimeEngine(path, EngineOptions(batch=2))
+    engine = OnnxRuntimeEngine(path, EngineOptions(batch=len(inputs["x"])))
     return torch.from_numpy(engine.run({name: value.numpy() for name, value in inputs.items()}))
 
 

@@ -57,13 +57,14 @@ class Told(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         network, patch = self.transformer, self.transformer.config.patch_size
         for value in (context, mask):
-            torch._check(len(value) == len(x))  # else the exporter takes them for batches of their own
+            # Else the exporter takes them for batches of their own; by len() it would take the batch for a constant.
+            torch._check(value.shape[0] == x.shape[0])
         hidden = (1 - mask)[:, None] * -10000.0  # what is added to the scores of tokens that only fill up
         if network.caption_projection is not None:
             context = network.caption_projection(context)
         tokens = network.pos_embed(x)
         untold = {"resolution": None, "aspect_ratio": None}
-        when, embedded = network.adaln_single(t, untold, batch_size=len(x), hidden_dtype=x.dtype)
+        when, embedded = network.adaln_single(t, untold, batch_size=x.shape[0], hidden_dtype=x.dtype)
         for block in network.transformer_blocks:
             tokens = block(tokens, encoder_hidden_states=context, encoder_attention_mask=hidden, timestep=when)
         shift, scale = (network.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)

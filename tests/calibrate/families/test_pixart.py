@@ -91,7 +91,8 @@ def test_every_operator_reaches_the_graph_which_computes_the_same(saved, tiny, f
     assert model.block_of("transformer.transformer_blocks.1.attn2.to_k") == "transformer.transformer_blocks.1"
     graph = trace_float(model.network, operators, model.sample_shape, model.condition([0]))
     assert operators.keys() <= operator_nodes(graph).keys()
-    given = {"x": formula.formula_input((2, 4, 8, 8)), "t": torch.tensor([617.0, 40.0]), **model.condition([0, 1])}
+    given = {"x": formula.formula_input((3, 4, 8, 8)), "t": torch.tensor([617.0, 40.0, 3.0])}
+    given |= model.condition([0, 1, 0])
     made = tiny.on_onnxruntime(graph, tmp_path / "g.onnx", given)
     torch.testing.assert_close(made, model.network(**given), rtol=0, atol=1e-4)
 

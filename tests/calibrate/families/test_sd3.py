@@ -87,7 +87,7 @@ def test_the_plan_is_the_folders_scheduler(saved):
 
 
 def test_every_operator_reaches_the_graph_which_computes_the_same(saved, tiny, formula, tmp_path):
-    _, model, told = saved()
+    _, model, _ = saved()
     operators = quantize(model, QuantScheme(weight_bits=4, activation_bits=8, policy="integer"))
     roles = {name: operator.role for name, operator in operators.items()}
     assert roles["transformer.pos_embed.proj"] == "first"
@@ -96,7 +96,8 @@ def test_every_operator_reaches_the_graph_which_computes_the_same(saved, tiny, f
     assert roles["transformer.transformer_blocks.0.attn.add_q_proj"] == "body"
     graph = trace_float(model.network, operators, model.sample_shape, model.condition([0]))
     assert operators.keys() <= operator_nodes(graph).keys()
-    given = {"x": formula.formula_input((2, 4, 8, 8)), "t": torch.tensor([617.0, 40.0]), **told}
+    given = {"x": formula.formula_input((3, 4, 8, 8)), "t": torch.tensor([617.0, 40.0, 3.0])}
+    given |= model.condition([0, 1, 0])
     made = tiny.on_onnxruntime(graph, tmp_path / "g.onnx", given)
     torch.testing.assert_close(made, model.network(**given), rtol=0, atol=1e-4)
 
