@@ -6,7 +6,7 @@
 
 The first two are Python models of three lines; their code is `triton_model` of the installed package, so that the
 server's Python needs `accuquant` with an engine, and a repository holds data and no program. A repository that has the
-model gets its next version: a server that polls, or is told to load, changes over and loses no request.
+model gets its next version: a server that is told to load it changes over and loses no request.
 """
 
 import os

@@ -188,7 +188,7 @@ def previews(http, grpc, bundle):
     }
 
 
-def reload_under_load(http, folder, bundle, reloads=3, clients=4):
+def reload_under_load(http, grpc, folder, bundle, reloads=3, clients=4):
     """Versions written and loaded while clients go on asking; every request must be answered, and rightly.
 
     Their patience is long: on a busy machine a picture waits while the next version compiles.
@@ -211,11 +211,12 @@ def reload_under_load(http, folder, bundle, reloads=3, clients=4):
 
     with ThreadPoolExecutor(clients) as pool:
         asking = [pool.submit(ask, k) for k in range(clients)]
-        client = over_http.InferenceServerClient(http, network_timeout=PATIENCE)
+        # Over HTTP, loading keeps one of the server's threads, and every connection that this thread serves, waiting.
+        client = over_grpc.InferenceServerClient(grpc)
         for _ in range(reloads):
             time.sleep(2)
             write_repository(bundle, folder / "repository", Serving("plain", BATCH, threads=1))
-            client.load_model("plain")
+            client.load_model("plain", client_timeout=PATIENCE)
         time.sleep(2)
         over = True
         done = [one for answers in asking for one in answers.result()]
@@ -239,7 +240,7 @@ def main():
             "strangers": strangers(http, bundles["text"]),
             "bad_one": a_bad_one_among_them(http, bundles["classes"]),
             "previews": previews(http, grpc, bundles["plain"]),
-            "reload": reload_under_load(http, folder, bundles["plain"]),
+            "reload": reload_under_load(http, grpc, folder, bundles["plain"]),
         }))  # fmt: skip
 
 
