@@ -102,7 +102,7 @@ def clip(padding):
     return Tokenizer(clip_tokenizer.tokenizer_json(merges, clip_tokenizer.vocabulary(merges), 77, padding), "CLIP's")
 
 
-# By transformers' CLIPTokenizer and, padded with 0, by open_clip.tokenize.
+# By transformers' CLIPTokenizer, with either padding.
 KNOWN = {
     "a photo of a cat": [49406, 320, 1125, 539, 320, 2368, 49407],
     "": [49406, 49407],
