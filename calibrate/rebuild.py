@@ -150,7 +150,9 @@ def _shape(values: Any = ()) -> torch.Size:
 def _flagged(tensor: Tensor | Foreign, requires_grad: Any = False, hooks: Any = None, bits: Any = None) -> Any:
     if bits is not None and bits != {}:
         return Foreign("a conjugate or negative view")
-    return tensor.requires_grad_() if requires_grad is True and _differentiable(tensor) else tensor
+    if requires_grad is True and isinstance(tensor, Tensor) and _differentiable(tensor):
+        tensor.requires_grad_()
+    return tensor
 
 
 def _parameter(tensor: Any, requires_grad: Any, *rest: Any) -> Any:
@@ -160,8 +162,8 @@ def _parameter(tensor: Any, requires_grad: Any, *rest: Any) -> Any:
     return nn.Parameter(tensor.detach(), requires_grad is True and _differentiable(tensor))
 
 
-def _differentiable(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex())
+def _differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 STORAGES = {
