@@ -151,7 +151,7 @@ def _flagged(tensor: Tensor | Foreign, requires_grad: Any = False, hooks: Any = 
     if bits is not None and bits != {}:
         return Foreign("a conjugate or negative view")
     if requires_grad is True and isinstance(tensor, Tensor) and _differentiable(tensor):
-        return tensor.requires_grad_()
+        tensor.requires_grad_()
     return tensor
 
 
