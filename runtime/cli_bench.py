@@ -32,7 +32,7 @@ def bench(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Measure step latency, whole runs, memory and operators of the fp twin and the int engine, side by side."""
-    sizes = _sizes(batch)
+    sizes = batch_sizes(batch)
     opened = Bundle(bundle)
     sides = sides_of(opened, engine)
     results = []
@@ -65,7 +65,8 @@ def bench(
     )
 
 
-def _sizes(text: str) -> list[int]:
+def batch_sizes(text: str) -> list[int]:
+    """The numbers of "1,8"; raises AccuQuantError if they are none."""
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
