@@ -49,6 +49,7 @@ from .measure import Comparison, compare_twins
 from .passes.cast_rest import cast_rest
 from .passes.time_table import time_table
 from .report import DriftPoint, LayerRow, ReportFacts, write_report
+from .tuning import Tuning
 from .verify import FLOAT16_REACHES, check_graph, check_parity
 
 Show = Callable[[str, int, int, str], None]  # stage, done, total, note
@@ -74,6 +75,12 @@ class Request:
     time_table: bool = True
     guidance: float | None = None
     cache: TrajectoryCache | None = None
+    tuning: Tuning | None = None  # why the scheme keeps some operators in float
+
+    @property
+    def work(self) -> Path:
+        """Where what outlives an interruption is kept."""
+        return self.out.with_name(f".{self.out.name}.work")
 
 
 @dataclass(frozen=True)
@@ -101,11 +108,8 @@ class Result:
 
 def prepare(request: Request) -> Prepared:
     """Load the checkpoint, trace the sampler, quantize the operators and estimate the cost."""
-    _check_out(request.out)
-    model = load_model(request.checkpoint, request.config)
-    plan = trace(request.sampler or model.default_sampler, model.noise_schedule, request.steps or model.default_steps)
-    usual = 1.0 if model.conditioning is None else model.conditioning.guidance
-    guidance = usual if request.guidance is None else request.guidance
+    check_out(request.out)
+    model, plan, guidance = load(request)
     network = model.guided(guidance)
     model.network.to(request.device)
     operators = quantize(model, request.scheme)
@@ -115,13 +119,23 @@ def prepare(request: Request) -> Prepared:
     return Prepared(model, network, guidance, operators, plan, cost)
 
 
+def load(request: Request) -> tuple[DiffusionModel, SamplingPlan, float]:
+    """The model in float, the plan it is sampled with, and its guidance."""
+    model = load_model(request.checkpoint, request.config)
+    plan = trace(request.sampler or model.default_sampler, model.noise_schedule, request.steps or model.default_steps)
+    usual = 1.0 if model.conditioning is None else model.conditioning.guidance
+    return model, plan, usual if request.guidance is None else request.guidance
+
+
 def build(request: Request, prepared: Prepared, show: Show) -> Result:
     """Calibrate and write the bundle at `request.out`, replacing an older one."""
     times: dict[str, float] = {}
     model, plan, operators = prepared.model, prepared.plan, prepared.operators
-    work = request.out.with_name(f".{request.out.name}.work")
+    work = request.work
     if not request.resume:
         shutil.rmtree(work, ignore_errors=True)
+    if request.tuning is not None:
+        request.tuning.save(work / "tuning.json")
 
     begun = time.perf_counter()
     specification = {
@@ -180,7 +194,8 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
     return Result(Bundle(request.out), outcome, comparison, request.out / "report" / "index.html")
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Raises AccuQuantError if `out` is somebody's folder and no bundle."""
     if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").exists():
         raise AccuQuantError(f"{out} is a folder that holds something else than a bundle; choose another --out")
 
@@ -276,6 +291,7 @@ def _provenance(request: Request, outcome: Outcome) -> dict[str, Any]:
         "kept_iteration": outcome.kept,
         "versions": versions(),
         "machine": machine_facts(),
+        **({} if request.tuning is None else {"tuning": request.tuning.model_dump(mode="json")}),
     }
 
 
@@ -375,6 +391,7 @@ def _write_report(
         machine=machine_facts(),
         versions=versions(),
         engine=comparison.engine,
+        tuning=request.tuning,
     )
     write_report(folder / "report", facts, comparison.fp, comparison.quantized)
 

@@ -36,7 +36,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from accuquant.calibrate.families import load_model
-from accuquant.calibrate.layers import QuantizedOperator, quantize_operators
+from accuquant.calibrate.initialise import set_plausible
+from accuquant.calibrate.layers import quantize_operators
 from accuquant.calibrate.recipe import freeze
 from accuquant.calibrate.scheme import QuantScheme, Role, TargetName, parse_bits
 from accuquant.export.check_target import check_target
@@ -134,19 +135,6 @@ def random_network(shape: Shape, folder: Path) -> nn.Module:
     return network
 
 
-def plausible_ranges(operators: Mapping[str, QuantizedOperator]) -> None:
-    """Activations within four units, every weight's channel by its largest entry."""
-    for operator in operators.values():
-        for quantizer in operator.quantizers:
-            grid = quantizer.grid
-            middle = 0.0 if grid.symmetric else float(1 << (grid.bits - 1))
-            quantizer.set(torch.tensor(8.0 / (1 << grid.bits)), torch.tensor(middle))
-        weight = operator.weight_quantizer
-        if weight is not None:
-            largest = weight.weight.flatten(1).abs().amax(1)
-            weight.set_scale(largest.view_as(weight.scale).clamp(min=1e-8) / weight.grid.q_max)
-
-
 def resident(field: str) -> int:
     """A field of /proc/self/status in bytes: VmHWM is the resident set's peak, RssAnon what of it cannot be dropped."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:"))
@@ -177,7 +165,7 @@ def export_case(name: str, bits: tuple[int, int], target: TargetName, folder: Pa
         network, roles, sample = loaded.network, loaded.role_of, loaded.sample_shape
     parameters = sum(p.numel() for p in network.parameters())
     operators = quantize_operators(network, scheme, roles)
-    stage("ranges", lambda: plausible_ranges(operators))
+    stage("ranges", lambda: set_plausible(operators))
     recipe = stage("freeze", lambda: freeze(operators, scheme, {}))
     float_graph = stage("trace", lambda: trace_float(network, operators, sample, condition))
     quantized, twin = stage("lower", lambda: lower(float_graph, recipe, target))
