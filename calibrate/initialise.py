@@ -1,7 +1,7 @@
 """Starting scales, from what the full-precision network shows along teacher trajectories."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,3 +163,19 @@ def _watch(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def set_plausible(operators: Mapping[str, QuantizedOperator]) -> None:
+    """Ranges of which nothing is known: activations within four units, every weight's channel by its largest entry.
+
+    For what neither ranges nor pictures matter to, such as how long a graph takes.
+    """
+    for operator in operators.values():
+        for quantizer in operator.quantizers:
+            grid = quantizer.grid
+            middle = 0.0 if grid.symmetric else float(1 << (grid.bits - 1))
+            quantizer.set(torch.tensor(8.0 / (1 << grid.bits)), torch.tensor(middle))
+        weight = operator.weight_quantizer
+        if weight is not None:
+            largest = weight.weight.flatten(1).abs().amax(1)
+            weight.set_scale(largest.view_as(weight.scale).clamp(min=1e-8) / weight.grid.q_max)

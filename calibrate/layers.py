@@ -255,19 +255,24 @@ def quantize_operators(
 ) -> dict[str, QuantizedOperator]:
     """Replace Conv2d, Linear and MatMul in `network` by their quantized forms, and return these by name.
 
-    Those whose role the scheme's policy keeps in float stay what they are.
+    Those whose role the scheme's policy keeps in float, or that the scheme names, stay what they are.
 
     `splits` names the convolutions that are quantized in two parts, and the channels of the first (splits.py).
 
     Raises:
-        AccuQuantError: the network holds no such operator, or a kind of convolution that has no quantized form yet.
+        AccuQuantError: the network holds no such operator, a kind of convolution that has no quantized form yet, or no
+            operator of a name that the scheme keeps in float.
     """
     made: dict[str, QuantizedOperator] = {}
+    kept = set(scheme.in_float)
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Conv1d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
             raise AccuQuantError(f"layer {name} is a {type(module).__name__}, which has no quantized form yet")
         role = role_of(name)
         if scheme.stays_float(role):
+            continue
+        if name in kept and isinstance(module, nn.Conv2d | nn.Linear | MatMul):
+            kept.remove(name)
             continue
         if isinstance(module, nn.Conv2d):
             made[name] = QuantizedConv2d(
@@ -292,6 +297,8 @@ def quantize_operators(
             grid = scheme.activation_grid(role, "matmul")
             if grid is not None:
                 made[name] = QuantizedMatMul(name, role, grid, grid)
+    if kept:
+        raise AccuQuantError(f"layer {min(kept)} is to stay in float, and the network quantizes no layer of that name")
     if not made and not scheme.nothing_quantized:
         raise AccuQuantError("the network has no convolution, linear layer or attention product to quantize")
     for name, operator in made.items():

@@ -91,6 +91,7 @@ class QuantScheme(BaseModel):
     container: ContainerName = "packed"  # of weights of up to 4 bits: two in a byte, or one
     reserve: float = Field(0.1, ge=0, le=1)  # share of low-bit weights that keeps 8 bits; sensitivity.py
     split: bool = False  # a scale for each part of a concatenation that a convolution reads; splits.py
+    in_float: tuple[str, ...] = ()  # operators that stay in float beside the policy's: where a machine is faster so
     rest: GraphRest = "float32"  # of the graph's nodes that are not integer, where a target takes types as they stand
 
     @model_validator(mode="after")
@@ -133,7 +134,8 @@ class QuantScheme(BaseModel):
             return "float16 throughout"
         kept = f", up to {self.reserve:.0%} of the weights in 8 bits" if self.reserve and self.weight_bits < 8 else ""
         attention = "" if self.attention_quantized else ", attention products in float"
-        return f"{self.policy} ({POLICIES[self.policy].describes}{attention}{kept})"
+        tuned = f", {len(self.in_float)} more operators in float" if self.in_float else ""
+        return f"{self.policy} ({POLICIES[self.policy].describes}{attention}{kept}{tuned})"
 
     def stays_float(self, role: Role) -> bool:
         if role == "attention" and not self.attention_quantized:

@@ -16,30 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..calibrate.begin import Beginning
-from ..calibrate.cache import TrajectoryCache
-from ..calibrate.checkpoint import beside, digest, name_of, stored_bytes
-from ..calibrate.estimate import Estimate, estimate
+from ..calibrate.checkpoint import beside, digest
+from ..calibrate.estimate import estimate
 from ..calibrate.families import load_model
 from ..calibrate.journal import Journal
 from ..calibrate.layers import QuantizedOperator
-from ..calibrate.lora import Lora, with_loras
+from ..calibrate.lora import with_loras
 from ..calibrate.model import DiffusionModel, quantize
 from ..calibrate.optimize import Outcome, calibrate
-from ..calibrate.recipe import Recipe, freeze
-from ..calibrate.scheme import QuantScheme
+from ..calibrate.recipe import freeze
 from ..calibrate.sensitivity import keep_sensitive
-from ..calibrate.spec import CalibrationSpec
 from ..calibrate.trace import trace
 from ..calibrate.trajectory import Trajectory, simulate
 from ..runtime.bundle import Bundle, Manifest, NetworkName, OperatorFacts, describe, describe_rest, save_manifest
 from ..runtime.console import machine_facts
 from ..runtime.engines import open_engine
-from ..runtime.errors import AccuQuantError
 from ..runtime.files import atomic_folder
-from ..runtime.inspection import LOOKED_UP
 from ..runtime.plan import SamplingPlan
 from .check_target import check_target
 from .companions import save_companions
@@ -50,56 +44,17 @@ from .lower import lower
 from .measure import Comparison, compare_twins
 from .passes.cast_rest import cast_rest
 from .passes.time_table import time_table
-from .report import DriftPoint, LayerRow, ReportFacts, write_report
+from .report import write_report
+from .report_facts import report_facts
+from .request import Prepared, Request, check_out
 from .verify import FLOAT16_REACHES, check_graph, check_parity
 
 Show = Callable[[str, int, int, str], None]  # stage, done, total, note
 
 # Far from the seeds people sample with, so that no picture anyone looks at was calibrated on.
 TEACHER_SEEDS, JUDGE_SEEDS = 1 << 40, 1 << 41
-DATA = (
-    "checkpoint",
-    "beside",
-    "loras",
-    "conditions",
-    "plan",
-)  # what trajectories are computed from, by its name in the specification
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for; None means the checkpoint family's own default."""
-
-    checkpoint: Path
-    out: Path
-    scheme: QuantScheme
-    spec: CalibrationSpec
-    config: Path | None = None
-    loras: tuple[Lora, ...] = ()
-    conditions: Path | None = None
-    sampler: str | None = None
-    steps: int | None = None
-    resume: bool = False
-    device: str = "cpu"
-    pictures: int = 64
-    time_table: bool = True
-    guidance: float | None = None
-    cache: TrajectoryCache | None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A loaded model with its operators quantized (not yet calibrated), its plan, and what calibrating will cost.
-
-    `network` is the model's as the sampler calls it, with guidance.
-    """
-
-    model: DiffusionModel
-    network: nn.Module
-    guidance: float
-    operators: dict[str, QuantizedOperator]
-    plan: SamplingPlan
-    estimate: Estimate
+# What trajectories are computed from, by its name in the specification.
+DATA = ("checkpoint", "beside", "loras", "conditions", "plan")
 
 
 @dataclass(frozen=True)
@@ -112,11 +67,8 @@ class Result:
 
 def prepare(request: Request) -> Prepared:
     """Load the checkpoint, trace the sampler, quantize the operators and estimate the cost."""
-    _check_out(request.out)
-    model = with_loras(load_model(request.checkpoint, request.config, request.conditions), request.loras)
-    plan = trace(request.sampler or model.default_sampler, model.noise_schedule, request.steps or model.default_steps)
-    usual = 1.0 if model.conditioning is None else model.conditioning.guidance
-    guidance = usual if request.guidance is None else request.guidance
+    check_out(request.out)
+    model, plan, guidance = load(request)
     network = model.guided(guidance)
     model.network.to(request.device)
     operators = quantize(model, request.scheme)
@@ -126,13 +78,23 @@ def prepare(request: Request) -> Prepared:
     return Prepared(model, network, guidance, operators, plan, cost)
 
 
+def load(request: Request) -> tuple[DiffusionModel, SamplingPlan, float]:
+    """The model in float, the plan it is sampled with, and its guidance."""
+    model = with_loras(load_model(request.checkpoint, request.config, request.conditions), request.loras)
+    plan = trace(request.sampler or model.default_sampler, model.noise_schedule, request.steps or model.default_steps)
+    usual = 1.0 if model.conditioning is None else model.conditioning.guidance
+    return model, plan, usual if request.guidance is None else request.guidance
+
+
 def build(request: Request, prepared: Prepared, show: Show) -> Result:
     """Calibrate and write the bundle at `request.out`, replacing an older one."""
     times: dict[str, float] = {}
     model, plan, operators = prepared.model, prepared.plan, prepared.operators
-    work = request.out.with_name(f".{request.out.name}.work")
+    work = request.work
     if not request.resume:
         shutil.rmtree(work, ignore_errors=True)
+    if request.tuning is not None:
+        request.tuning.save(work / "tuning.json")
 
     begun = time.perf_counter()
     specification: dict[str, Any] = {
@@ -190,16 +152,12 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
             bundle, request.pictures, 0, lambda done, total: show("comparing twins", done, total, "")
         )
         times["fp sampling"], times["int sampling"] = comparison.seconds["twin"], comparison.seconds["denoiser"]
-        _write_report(folder, request, prepared, recipe, outcome, comparison, alike, times)
+        facts_told = report_facts(Bundle(folder), request, prepared, outcome, comparison, alike, times)
+        write_report(folder / "report", facts_told, comparison.fp, comparison.quantized)
         files = describe_rest(folder, bundle.manifest.networks)  # with the report
         save_manifest(folder, bundle.manifest.model_copy(update={"files": files}))
     shutil.rmtree(work, ignore_errors=True)
     return Result(Bundle(request.out), outcome, comparison, request.out / "report" / "index.html")
-
-
-def _check_out(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").exists():
-        raise AccuQuantError(f"{out} is a folder that holds something else than a bundle; choose another --out")
 
 
 def _trajectories(
@@ -293,6 +251,7 @@ def _provenance(request: Request, outcome: Outcome, checkpoint_digest: str) -> d
         "kept_iteration": outcome.kept,
         "versions": versions(),
         "machine": machine_facts(),
+        **({} if request.tuning is None else {"tuning": request.tuning.model_dump(mode="json")}),
     }
 
 
@@ -328,75 +287,3 @@ def _write_manifest(
             quality=parity,
         ),
     )
-
-
-def _write_report(
-    folder: Path,
-    request: Request,
-    prepared: Prepared,
-    recipe: Recipe,
-    outcome: Outcome,
-    comparison: Comparison,
-    alike: dict[str, dict[str, float]],
-    times: dict[str, float],
-) -> None:
-    bundle = Bundle(folder)
-    manifest = bundle.manifest
-    layers = [
-        LayerRow(
-            name=name,
-            kind=facts.kind,
-            role=facts.role,
-            weight_bits=facts.weight_bits,
-            weight_container=facts.weight_container,
-            inputs=(" x ".join(facts.inputs) or "as they are") + (f" -> {facts.output}" if facts.output else ""),
-            parameters=facts.parameters,
-            stored_bytes=facts.stored_bytes,
-            runs_as=LOOKED_UP if facts.in_table else comparison.runs_as.get(name, "not inspected"),
-            reference_db=alike["reference"].get(name),
-            engine_db=alike["engine"].get(name),
-        )
-        for name, facts in manifest.operators.items()
-    ]
-    quantiles = zip(*(_quantile(comparison.drift, q) for q in (0.5, 0.1, 0.9)), strict=True)
-    drift = [
-        DriftPoint(step=i + 1, timestep=step.timestep, median=median, p10=p10, p90=p90)
-        for i, (step, (median, p10, p90)) in enumerate(zip(prepared.plan.steps, quantiles, strict=True))
-    ]
-    weights = sum(row.parameters for row in layers)
-    facts = ReportFacts(
-        title=f"{name_of(request.checkpoint)} at {request.scheme.name}",
-        found=prepared.model.found,
-        scheme=request.scheme.name,
-        target=request.scheme.target,
-        policy=request.scheme.described,
-        sampler=manifest.sampler,
-        steps=len(prepared.plan),
-        seeds_first=0,
-        n=len(comparison.psnr),
-        psnr=comparison.psnr.tolist(),
-        ssim=comparison.ssim.tolist(),
-        drift=drift,
-        beginning=str(outcome.beginning),
-        held_out=outcome.held_out,
-        kept=outcome.kept,
-        groups=outcome.groups,
-        calibration=request.spec.model_dump(),
-        layers=layers,
-        sizes={
-            "checkpoint": stored_bytes(request.checkpoint),
-            "fp32 graph": bundle.weight_bytes("twin"),
-            "quantized graph": bundle.weight_bytes("denoiser"),
-            "weights fp32": 4 * weights,
-            "weights quantized": sum(row.stored_bytes for row in layers),
-        },
-        times=times,
-        machine=machine_facts(),
-        versions=versions(),
-        engine=comparison.engine,
-    )
-    write_report(folder / "report", facts, comparison.fp, comparison.quantized)
-
-
-def _quantile(drift: Any, q: float) -> list[float]:
-    return torch.quantile(torch.as_tensor(drift, dtype=torch.float64), q, dim=1).tolist()

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -22,7 +23,11 @@ from ..runtime.bundle import IN_TABLE, Manifest
 from ..runtime.console import bar, command, console, machine_facts
 from ..runtime.errors import AccuQuantError
 from ..runtime.files import cache_folder
-from .build import Request, Result, build, prepare
+from .build import Result, build, load, prepare
+from .request import Request, check_out
+from .tune import Workshop
+from .tune import tune as measure_tuning
+from .tuning import Tuning
 
 
 def export(
@@ -58,6 +63,13 @@ def export(
         bool,
         typer.Option(help="Look the time embedding up at the plan's timesteps; without it, any plan can be sampled."),
     ] = True,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure here which layers are faster in float, and leave those so.")
+    ] = False,
+    tune_batch: Annotated[int, typer.Option(min=1, help="Batch size at which --tune measures.")] = 8,
+    tuned: Annotated[
+        Path | None, typer.Option(help="Decide as an earlier --tune did: its bundle, or the record as JSON.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="The model's YAML, if it does not lie beside it.")] = None,
     lora: Annotated[
         list[str], typer.Option(help="A LoRA to fuse, FILE or FILE:WEIGHT, of text-to-image models; may be repeated.")
@@ -110,12 +122,17 @@ def export(
         guidance=guidance,
         cache=TrajectoryCache(cache_folder(), int(cache_gib * 2**30)),
     )
+    if tune or tuned is not None:
+        request = _tuned(request, tune_batch if tune else None, tuned)
     prepared = prepare(request)
     spec, cost = request.spec, prepared.estimate
     console.print(f"found    {prepared.model.found}")
     console.print(f"sampler  {prepared.plan.sampler}, {len(prepared.plan)} network calls")
+    if request.tuning is not None:
+        console.print(f"tuning   {request.tuning.told}")
     console.print(
-        f"scheme   {scheme.name} for {scheme.target}, policy {scheme.described}; {len(prepared.operators)} operators"
+        f"scheme   {scheme.name} for {scheme.target}, policy {request.scheme.described}; "
+        f"{len(prepared.operators)} operators"
     )
     learning = (
         f"{spec.iterations} iterations on groups of M = {spec.group} steps, {spec.gradient} gradient, "
@@ -132,6 +149,26 @@ def export(
     console.print(f"{facts['cpu']}, {facts['cores']} cores; seeds 0..{pictures - 1}; engine {result.comparison.engine}")
     console.print(f"bundle   {result.bundle.folder}")
     console.print(f"report   {result.report}")
+
+
+def _tuned(request: Request, batch: int | None, earlier: Path | None) -> Request:
+    """The request with decisions measured now, measured before it was interrupted, or taken from a file."""
+    if batch is not None and earlier is not None:
+        raise AccuQuantError("--tune measures and --tuned takes what was measured; leave one of them out")
+    if request.scheme.nothing_quantized:
+        raise AccuQuantError(f"{request.scheme.name} leaves everything in float already; export without --tune")
+    kept = request.work / "tuning.json"
+    if earlier is not None or (request.resume and kept.exists()):
+        tuning = Tuning.load(earlier or kept)
+    else:
+        check_out(request.out)
+        model, plan, guidance = load(request)
+        shop = Workshop(model, plan, request.scheme, batch=batch or 1, guidance=guidance, table=request.time_table)
+        with bar() as show:
+            tuning = measure_tuning(shop, show)
+    if tuning.target != request.scheme.target:
+        raise AccuQuantError(f"{earlier} was tuned for target {tuning.target}, this is for {request.scheme.target}")
+    return replace(request, tuning=tuning, scheme=request.scheme.model_copy(update={"in_float": tuning.in_float}))
 
 
 def _summary(request: Request, result: Result) -> Table:
@@ -158,6 +195,8 @@ def _summary(request: Request, result: Result) -> Table:
         table.add_row("", f"{count} {what}")
     if manifest.operators:
         table.add_row("quantized weights", _weights(manifest))
+    if request.tuning is not None:
+        table.add_row("left in float for speed", request.tuning.told)
     ran = Counter(comparison.runs_as.values())
     shown = ", ".join(f"{n} as {p}" for p, n in ran.most_common()) or "the engine reports none"
     table.add_row("kernels on this machine", shown)

@@ -64,21 +64,43 @@ def compare(bundle: Bundle, engine: str, seeds: Sequence[int], steps: int, progr
     Raises:
         AccuQuantError: no such engine here, or an operator that the manifest names is not in the graph.
     """
+    length = len(bundle.plan)
+    total = 3 * length + steps
+    chains = run_chains(bundle, engine, seeds, lambda done, _: progress(done, total))
+    layers = layers_alone(
+        bundle, engine, seeds, chains.states, steps, lambda done, _: progress(3 * length + done, total)
+    )
+    return Departure(chains.standard, chains.engine, layers, chains.engine_name)
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Both courses, and what the twin is called with at every step with its final latent behind: (B, C, H, W) each."""
+
+    standard: Course
+    engine: Course
+    states: list[np.ndarray]
+    engine_name: str
+
+
+def run_chains(
+    bundle: Bundle, engine: str, seeds: Sequence[int], progress: Progress, twin_engine: str = "auto"
+) -> Chains:
+    """Sample `seeds` with the twin, with the standard and with an engine; raises as `compare` does."""
     options, target = EngineOptions(engine_batch(len(seeds), _guidance(bundle))), bundle.manifest.target
-    total = 3 * len(bundle.plan) + steps
-    twin = open_engine(bundle.graph("twin"), options, "auto", target)
-    states, outputs = _chain(bundle, _denoiser(bundle, twin, seeds), seeds, lambda done: progress(done, total))
+    length = len(bundle.plan)
+    twin = open_engine(bundle.graph("twin"), options, twin_engine, target)
+    states, outputs = _chain(bundle, _denoiser(bundle, twin, seeds), seeds, lambda done: progress(done, 3 * length))
     twin.close()
     courses = []
     standard = OnnxRuntimeEngine(bundle.graph("denoiser"), options, exact=True)
     running = open_engine(bundle.graph("denoiser"), options, engine, target)
     for k, run in enumerate((standard, running), 1):
         called = _denoiser(bundle, run, seeds)
-        own, _ = _chain(bundle, called, seeds, lambda done, k=k: progress(k * len(bundle.plan) + done, total))  # type: ignore[misc]
+        own, _ = _chain(bundle, called, seeds, lambda done, k=k: progress(k * length + done, 3 * length))  # type: ignore[misc]
         courses.append(_course(bundle, called, states, outputs, own))
         run.close()
-    layers = _layers(bundle, engine, seeds, states, steps, lambda done: progress(3 * len(bundle.plan) + done, total))
-    return Departure(courses[0], courses[1], layers, running.name)
+    return Chains(courses[0], courses[1], states, running.name)
 
 
 def _guidance(bundle: Bundle) -> float:
@@ -130,13 +152,13 @@ def _distance(x: np.ndarray, fp: np.ndarray) -> float:
     return float(np.median(np.linalg.norm(rows, axis=1) / np.linalg.norm(whole, axis=1)))
 
 
-def _layers(
+def layers_alone(
     bundle: Bundle,
     engine: str,
     seeds: Sequence[int],
     states: list[np.ndarray],
     steps: int,
-    progress: Callable[[int], None],
+    progress: Progress,
 ) -> dict[str, tuple[float, int]]:
     """Every computed operator's worst SQNR in dB on the engine's own input, and at which step (from 1) it was."""
     operators = bundle.manifest.operators
@@ -161,6 +183,6 @@ def _layers(
                 (expected,) = parts[name].run({str(value.name): seen[id(value)] for value in read})
                 db = sqnr(expected.astype(np.float64), seen[id(place.output)].astype(np.float64))
                 worst[name] = min(worst[name], (db, i + 1))
-            progress(done)
+            progress(done, steps)
         shown.close()
     return worst

@@ -19,6 +19,7 @@ from ..runtime.fidelity import PSNR_CAP
 from ..runtime.files import write_text
 from . import figures
 from .report_style import CSS
+from .tuning import Tuning
 
 NOT_INSPECTED = "not inspected"
 
@@ -83,6 +84,7 @@ class ReportFacts(BaseModel):
     machine: dict[str, str]
     versions: dict[str, str]
     engine: str
+    tuning: Tuning | None = None
 
     @model_validator(mode="after")
     def _n_is_true(self) -> "ReportFacts":
@@ -116,6 +118,7 @@ def _page(facts: ReportFacts, fp: np.ndarray, quantized: np.ndarray) -> str:
         + _section("Fidelity to the full-precision twin", _plots(facts))
         + _section("Cost", f'<div class="pair">{_sizes(facts.sizes)}{_times(facts)}</div>')
         + _section("Operators", _layers(facts.layers))
+        + ("" if facts.tuning is None else _section("Left in float for speed", _tuning(facts.tuning)))
         + _foot(facts)
     )
     return (
@@ -298,6 +301,21 @@ def _alike(layers: Sequence[LayerRow]) -> str:
         return ""
     words = " and the ".join(f"{side} computes every one to at least <b>{db:.0f} dB</b>" for side, db in least.items())
     return f"Given the simulation's input, the {words} of what calibration simulated."
+
+
+def _tuning(tuning: Tuning) -> str:
+    rows = (
+        (
+            escape(g.form),
+            str(len(g.layers)),
+            escape(str(g.saves)),
+            str(g.saves.n),
+            "float" if g.in_float else "integers",
+        )
+        for g in sorted(tuning.groups, key=lambda g: -g.saves.median)
+    )
+    heads = ("layers", "how many", "a step saves with them in float", "n", "run in")
+    return f"<p>{escape(tuning.told)}.</p>\n<div class='scroll'>{_table('', heads, rows, 'layers')}</div>"
 
 
 def _foot(facts: ReportFacts) -> str:

@@ -18,10 +18,10 @@ from .bundle import Bundle, NetworkName
 from .engines import rests
 from .engines.base import EngineOptions, Rest
 from .footprint import footprint
+from .interleave import WARM_UP, in_turn, interleaved, spread
 from .pipeline import Pipeline
 from .timing import step_times
 
-WARM_UP = 10
 PROFILED = 20  # steps, for where the time goes
 
 
@@ -62,11 +62,11 @@ def measure(
     total = WARM_UP + repeats + samples + 2 * len(sides)
     try:
         clocks = {name: _Clock(pipeline) for name, pipeline in pipelines.items()}
-        steps = _steps(bundle, pipelines, repeats, lambda done: progress(done, total))
+        steps = interleaved(steps_of(pipelines), repeats, lambda done, _: progress(done, total))
         runs: dict[str, list[float]] = {name: [] for name in pipelines}
         outside: dict[str, list[float]] = {name: [] for name in pipelines}
         for i in range(samples):
-            for name in _in_turn(list(pipelines), i):
+            for name in in_turn(list(pipelines), i):
                 seconds, inside = clocks[name].time(range(options.batch))
                 runs[name].append(seconds)
                 outside[name].append((seconds - inside) / inside)
@@ -83,8 +83,8 @@ def measure(
         times = step_times(bundle, s.network, engine, of_side[s.name], PROFILED)
         progress(total - 2 * (len(sides) - n) + 2, total)
         measured[s.name] = {
-            "step_seconds": _spread(steps[s.name]),
-            "sample_seconds": _spread(runs[s.name]),
+            "step_seconds": spread(steps[s.name]),
+            "sample_seconds": spread(runs[s.name]),
             "step_speedup": float(np.median(steps[first]) / np.median(steps[s.name])),
             "sample_speedup": float(np.median(runs[first]) / np.median(runs[s.name])),
             "loop_overhead": float(np.median(outside[s.name])),
@@ -121,30 +121,12 @@ class _Clock:
         return time.perf_counter() - begun, self._inside
 
 
-def _steps(
-    bundle: Bundle, pipelines: Mapping[str, Pipeline], repeats: int, progress: Callable[[int], None]
-) -> dict[str, list[float]]:
-    """Seconds of every step, taken in turn by the sides."""
-    taken: dict[str, list[float]] = {name: [] for name in pipelines}
-    batch = next(iter(pipelines.values())).batch
-    x = noise.batch(range(batch), -1, bundle.manifest.sample_shape)
-    fed = {name: pipeline.denoiser.feed(x, bundle.plan.steps[0].timestep) for name, pipeline in pipelines.items()}
-    for i in range(WARM_UP + repeats):
-        for name in _in_turn(list(pipelines), i):
-            begun = time.perf_counter()
-            pipelines[name].engine.run(fed[name])
-            if i >= WARM_UP:
-                taken[name].append(time.perf_counter() - begun)
-        progress(i + 1)
-    return taken
+def steps_of(pipelines: Mapping[str, Pipeline]) -> dict[str, Callable[[], object]]:
+    """One network call of each, with nothing of the loop around it."""
 
+    def step(pipeline: Pipeline) -> Callable[[], object]:
+        x = noise.batch(range(pipeline.batch), -1, pipeline.shape)
+        fed = pipeline.denoiser.feed(x, pipeline.plan.steps[0].timestep)
+        return lambda: pipeline.engine.run(fed)
 
-def _in_turn(names: list[str], i: int) -> list[str]:
-    """Who goes first changes every time, so that no one always finds the same other's caches."""
-    turned = i % len(names)
-    return names[turned:] + names[:turned]
-
-
-def _spread(seconds: list[float]) -> dict[str, float]:
-    p10, median, p90 = np.percentile(seconds, [10, 50, 90])
-    return {"median": float(median), "p10": float(p10), "p90": float(p90), "n": len(seconds)}
+    return {name: step(pipeline) for name, pipeline in pipelines.items()}

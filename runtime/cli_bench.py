@@ -17,6 +17,7 @@ from .console import bar, command, console, machine_facts
 from .engines.base import EngineOptions
 from .errors import AccuQuantError
 from .files import write_text
+from .peers import beside, parse_peer
 
 SHOWN = 5  # operators that integers make slower
 
@@ -28,21 +29,32 @@ def bench(
     samples: Annotated[int, typer.Option(min=1, help="Timed whole sampling runs per side and batch size.")] = 3,
     threads: Annotated[int, typer.Option(min=0, help="0: all cores.")] = 0,
     engine: Annotated[str, typer.Option(help="auto, openvino or onnxruntime; the same for both sides.")] = "auto",
+    compare: Annotated[
+        list[str], typer.Option(help="NAME=GRAPH[@ENGINE]: another quantizer's graph of this network; can be repeated.")
+    ] = [],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Where the JSON goes, and the plot beside it.")] = Path("bench.json"),
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Measure step latency, whole runs, memory and operators of the fp twin and the int engine, side by side."""
-    sizes = _sizes(batch)
+    sizes = batch_sizes(batch)
     opened = Bundle(bundle)
-    sides = sides_of(opened, engine)
-    results = []
+    sides, peers = sides_of(opened, engine), dict(map(parse_peer, compare))
+    results, compared = [], []
     with bar() as show:
         for size in sizes:
 
             def progress(done: int, total: int, size: int = size) -> None:
                 show(f"batch {size}", done, total, "")
 
-            results.append(measure(opened, sides, engine, EngineOptions(size, threads), repeats, samples, progress))
+            options = EngineOptions(size, threads)
+            results.append(measure(opened, sides, engine, options, repeats, samples, progress))
+            if peers:
+                compared.append(
+                    beside(
+                        opened, sides, peers, engine, options, repeats,
+                        lambda done, total, size=size: show(f"peers at batch {size}", done, total, ""),  # type: ignore[misc]
+                    )
+                )  # fmt: skip
     report: dict[str, Any] = {
         "schema_version": 3,
         "scheme": opened.manifest.scheme,
@@ -52,12 +64,15 @@ def bench(
         "machine": machine_facts(),
         "bytes": {side: opened.weight_bytes(side) for side in ("twin", "denoiser")},
         "results": results,
+        **({"peers": compared} if compared else {}),
     }
     write_text(out, json.dumps(report, indent=1) + "\n")
     write_text(out.with_suffix(".svg"), _plot(report))
     console.print(_table(report))
     for row in results:
         console.print(_losses(row))
+    for found in compared:
+        console.print(peer_table(found))
     facts = report["machine"]
     console.print(
         f"{facts['cpu']}, {facts['cores']} cores, {facts['instructions']}; medians \\[p10..p90] of {repeats} "
@@ -65,7 +80,8 @@ def bench(
     )
 
 
-def _sizes(text: str) -> list[int]:
+def batch_sizes(text: str) -> list[int]:
+    """The numbers of "1,8"; raises AccuQuantError if they are none."""
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
@@ -97,6 +113,33 @@ def _table(report: dict[str, Any]) -> Table:
                 end_section=n == len(row["sides"]) - 1,
             )
     return table
+
+
+def peer_table(found: dict[str, Any]) -> Table:
+    """Steps of all that were measured in one run by `beside`, the fastest first."""
+    table = Table(title=f"one step at batch {found['batch']}, all in turn")
+    by = found["by"]
+    for column in ("", "engine", "step", f"to {found['to']}", f"{by} saves of it"):
+        table.add_column(column, justify="left" if column in ("", "engine") else "right")
+    measured = {name: row for name, row in found["rows"].items() if "failed" not in row}
+    for name, row in sorted(measured.items(), key=lambda item: item[1]["step_seconds"]["median"]):
+        step, saves = row["step_seconds"], row["saves"]
+        told = "" if name == by else "too few repeats" if saves is None else _share(saves)
+        table.add_row(
+            f"[bold]{name}[/]" if row["ours"] else name,
+            row["engine"],
+            f"{step['median'] * 1e3:.2f} ms [{step['p10'] * 1e3:.2f}..{step['p90'] * 1e3:.2f}]",
+            f"{row['step_speedup']:.2f}x",
+            told,
+        )
+    for name, row in found["rows"].items():
+        if "failed" in row:
+            table.add_row(name, row["failed"].replace("[", r"\["))
+    return table
+
+
+def _share(saves: dict[str, float]) -> str:
+    return f"{saves['median']:+.0%} ({saves['low']:+.0%} to {saves['high']:+.0%})"
 
 
 def _losses(row: dict[str, Any]) -> str:

@@ -4,10 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .bundle import OperatorFacts
-from .engines.base import Engine
+from .engines.base import Engine, Kernel
 
 # What engines call a kernel that multiplies few bits: OpenVINO i8 and u8, TensorRT Int8, Int4 and FP8.
 LOW_BIT = frozenset({"i8", "u8", "Int8", "Int4", "FP8"})
+# And, in lower case, a kernel that multiplies: the layers of OpenVINO, ONNX Runtime's operators, TensorRT's kinds.
+MULTIPLY = ("conv", "fullyconnected", "matmul", "matrixmultiply", "gemm", "correlation", "runtime_fusion")
 LOOKED_UP = "looked up"  # what is said of operators that the graph has in its table of timesteps
 
 
@@ -26,13 +28,19 @@ def operator_precisions(engine: Engine, operators: Iterable[str]) -> dict[str, s
     """The precision in which the engine says it runs each operator; empty if it keeps no such record.
 
     Engines report fused nodes by derived names, `conv_out/WithoutBiases` say; what stands before the slash is ours. A
-    kernel that carries an operator's own name is believed before one that carries a derived one.
+    kernel that carries an operator's own name is believed before one that carries a derived one, and before both one
+    that multiplies: TensorRT-RTX names an operator by the kernels that scale its result as well.
     """
-    wanted = set(operators)
-    reported = [(node, kernel.precision) for kernel in engine.kernels() for node in kernel.nodes]
-    derived = {node.partition("/")[0]: precision for node, precision in reported}
-    found = derived | dict(reported)
+    wanted, kernels = set(operators), engine.kernels()
+    found: dict[str, str] = {}
+    for known in (kernels, [kernel for kernel in kernels if multiplies(kernel)]):
+        reported = [(node, kernel.precision) for kernel in known for node in kernel.nodes]
+        found |= {node.partition("/")[0]: precision for node, precision in reported} | dict(reported)
     return {name: precision for name, precision in found.items() if name in wanted}
+
+
+def multiplies(kernel: Kernel) -> bool:
+    return any(word in kernel.kind.lower() for word in MULTIPLY)
 
 
 def judge(operators: dict[str, OperatorFacts], got: dict[str, str]) -> list[Verdict]:

@@ -4,15 +4,15 @@ Classes hold only what the adapter uses, under the names of the real ones; a tes
 """
 
 import ctypes
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
 from accuquant.runtime.engines.base import EngineOptions
 from accuquant.runtime.engines.onnxruntime import OnnxRuntimeEngine
-
-STREAM = 77
 
 
 class Cuda:
@@ -43,7 +43,7 @@ class Cuda:
         return (0,)
 
     def cudaMemcpyAsync(self, to, of, size, kind, stream):  # noqa: N802
-        assert stream == STREAM
+        assert stream in self.streams
         assert self.capturing is None
         device = to if kind == 1 else of
         assert size <= len(self.memory[device])
@@ -51,8 +51,9 @@ class Cuda:
         return (0,)
 
     def cudaStreamCreate(self):  # noqa: N802
-        self.streams.add(STREAM)
-        return 0, STREAM
+        stream = max(self.streams, default=76) + 1
+        self.streams.add(stream)
+        return 0, stream
 
     def cudaStreamDestroy(self, stream):  # noqa: N802
         self.streams.remove(stream)
@@ -94,6 +95,7 @@ class ILogger:
 class Runtime:
     # What stands in: the graph that every plan is of, the GPU, and what happened.
     graph: ClassVar[Path]
+    graphs: ClassVar[dict[bytes, Path]] = {}  # of plans that are of another graph
     gpu: ClassVar[Cuda]
     log: ClassVar[list[str]]
 
@@ -101,16 +103,17 @@ class Runtime:
         self.logger = log
 
     def deserialize_cuda_engine(self, plan):
-        return ICudaEngine()
+        return ICudaEngine(Runtime.graphs.get(bytes(plan), Runtime.graph))
 
 
 class ICudaEngine:
-    def __init__(self):
-        self._ports = OnnxRuntimeEngine(Runtime.graph, EngineOptions(batch=1))
+    def __init__(self, graph):
+        self._graph = graph
+        self._ports = OnnxRuntimeEngine(graph, EngineOptions(batch=1))
 
     @property
     def num_io_tensors(self):
-        return 3
+        return len(self._ports.inputs) + len(self._ports.outputs)
 
     def _port(self, name):
         return next(p for p in (*self._ports.inputs, *self._ports.outputs) if p.name == name)
@@ -132,7 +135,7 @@ class ICudaEngine:
 
     def create_execution_context(self, config=None):
         Runtime.log.append(f"context with {getattr(config, 'cuda_graph_strategy', None)}")
-        return IExecutionContext()
+        return IExecutionContext(self._graph)
 
 
 class IRuntimeConfig:
@@ -156,7 +159,8 @@ class IRuntimeCache:
 
 
 class IExecutionContext:
-    def __init__(self):
+    def __init__(self, graph):
+        self._graph, self._engines = graph, {}
         self._shapes, self._addresses = {}, {}
 
     def set_input_shape(self, name, shape):
@@ -167,21 +171,30 @@ class IExecutionContext:
         self._addresses[name] = address
         return True
 
+    def get_tensor_shape(self, name):
+        """Only the engine knows, as only TensorRT does: it is asked with zeros of the shapes that were set."""
+        engine = self._of(self._shapes["x"][0])
+        zeros = {p.name: np.zeros(self._shapes[p.name], p.dtype) for p in engine.inputs}
+        return dict(zip([p.name for p in engine.outputs], engine.run_all(zeros), strict=True))[name].shape
+
     def execute_async_v3(self, stream):
-        assert stream == STREAM
+        assert stream in Runtime.gpu.streams
         if Runtime.gpu.capturing is not None:
             Runtime.gpu.capturing.append(self._run)
         else:
             self._run()
         return True
 
+    def _of(self, batch):
+        if batch not in self._engines:
+            self._engines[batch] = OnnxRuntimeEngine(self._graph, EngineOptions(batch=batch, threads=1))
+        return self._engines[batch]
+
     def _run(self):
-        batch = self._shapes["x"][0]
-        engine = OnnxRuntimeEngine(Runtime.graph, EngineOptions(batch=batch))
+        engine = self._of(self._shapes["x"][0])
         given = {p.name: self._array(p, self._shapes[p.name]) for p in engine.inputs}
-        (out,) = engine.outputs
-        self._array(out, (batch, *out.shape[1:]))[:] = engine.run(given)
-        engine.close()
+        for out, values in zip(engine.outputs, engine.run_all(given), strict=True):
+            self._array(out, values.shape)[:] = values
 
     def _array(self, port, shape):
         block = Runtime.gpu.memory[self._addresses[port.name]]
@@ -191,6 +204,23 @@ class IExecutionContext:
 TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
 CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
 nptype = np.dtype
+
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
+
+
+def install(patch, graph):
+    """Make this process believe in a GPU and both libraries, whose plans are of `graph`; returns the GPU."""
+    cuda = Cuda()
+    for name in LIBRARIES:
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        for given in ("ILogger", "Runtime", "TensorIOMode", "CudaGraphStrategy", "nptype"):
+            setattr(module, given, globals()[given])
+        patch.setitem(sys.modules, name, module)
+    patch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+    Runtime.graph, Runtime.gpu, Runtime.log = graph, cuda, []
+    return cuda
+
 
 # What of it the adapter may use, by class; RTX_ONLY is behind the flavour's record.
 CLASSES = (Runtime, ICudaEngine, IExecutionContext)

@@ -37,6 +37,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from accuquant.calibrate.families import load_model
+from accuquant.calibrate.initialise import set_plausible
 from accuquant.calibrate.layers import QuantizedOperator, fast_compute, quantization, quantize_operators
 from accuquant.calibrate.multistep import Group, GroupBatch, accumulate_gradient
 from accuquant.calibrate.recipe import freeze
@@ -64,19 +65,6 @@ BESIDE = 3 * 2**30  # bytes: libraries, the exporter's own structures, the large
 KEY = ("shape", "scheme", "target", "calibrated")  # what rows of the report differ in
 GROUP = 4  # steps that an iteration simulates
 LEARNING = 9  # bytes a parameter that an iteration holds beside the weights: codes, their gradients, activations
-
-
-def plausible_ranges(operators: Mapping[str, QuantizedOperator]) -> None:
-    """Activations within four units, every weight's channel by its largest entry."""
-    for operator in operators.values():
-        for quantizer in operator.quantizers:
-            grid = quantizer.grid
-            middle = 0.0 if grid.symmetric else float(1 << (grid.bits - 1))
-            quantizer.set(torch.tensor(8.0 / (1 << grid.bits)), torch.tensor(middle))
-        weight = operator.weight_quantizer
-        if weight is not None:
-            largest = weight.weight.flatten(1).abs().amax(1)
-            weight.set_scale(largest.view_as(weight.scale).clamp(min=1e-8) / weight.grid.q_max)
 
 
 def one_iteration(
@@ -123,7 +111,7 @@ def export_case(
         network, roles, sample = loaded.network, loaded.role_of, loaded.sample_shape
     count = sum(p.numel() for p in network.parameters())
     operators = quantize_operators(network, scheme, roles)
-    stage("ranges", lambda: plausible_ranges(operators))
+    stage("ranges", lambda: set_plausible(operators))
     if calibrate:
         stage(f"iteration, M = {GROUP}", lambda: one_iteration(network, operators, sample, condition))
     recipe = stage("freeze", lambda: freeze(operators, scheme, {}))

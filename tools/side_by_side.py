@@ -13,13 +13,11 @@ from accuquant.runtime.engines.base import Engine, EngineOptions
 from accuquant.runtime.engines.compile_plan import CompileRequest, compile_plan, installed
 from accuquant.runtime.engines.rtx_log import PRODUCTS
 from accuquant.runtime.errors import AccuQuantError
-from accuquant.runtime.inspection import LOW_BIT
+from accuquant.runtime.inspection import LOW_BIT, multiplies
 from accuquant.runtime.plan import SamplingPlan
 from scores import of_twins
 
 BATCH = 8  # of sampling
-# What engines call a kernel that multiplies: OpenVINO's layers, and ONNX Runtime's operators however fused.
-MULTIPLY = ("conv", "fullyconnected", "matmul", "gemm")
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def coverage(graph: Path, engine: str) -> dict[str, int]:
     """Of the kernels that multiply, by the engine's own report, how many multiply few bits."""
     opened = open_engine(graph, EngineOptions(batch=1), engine)
     try:
-        products = [k for k in opened.kernels() if any(word in k.kind.lower() for word in MULTIPLY)]
+        products = [kernel for kernel in opened.kernels() if multiplies(kernel)]
     finally:
         opened.close()
     return {"low_bit": sum(k.precision in LOW_BIT for k in products), "all": len(products)}

@@ -71,6 +71,7 @@ class Candidate:
     suffix: str = ".onnx"
     engine: str = "openvino"
     like_ours: bool = False  # does it leave in float what our bundle does?
+    script: str = ""  # the library's own unless named
 
 
 def _nncf(name: str, preset: str, model_type: str = "none", *, fast: bool = True, like_ours: bool = False) -> Candidate:
@@ -163,7 +164,7 @@ def quantize(candidate: Candidate, keep: Sequence[str], graph: Path, data: Path,
         AccuQuantError: it failed, or took too long; with its last words.
     """
     out = folder / f"{candidate.name.replace(' ', '-').replace(',', '')}{candidate.suffix}"
-    script = PEERS / LIBRARIES[candidate.library].script
+    script = PEERS / (candidate.script or LIBRARIES[candidate.library].script)
     own = shutil.copy(graph, folder / "float.onnx")  # some write into the graph that they read
     asked = [python, script, own, data, out, json.dumps({**candidate.settings, "keep": list(keep)})]
     try:

@@ -8,7 +8,7 @@ Tested with a stand-in for the GPU that calls nothing the real libraries do not 
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +71,10 @@ class TensorRTEngine(Engine):
             self._context: trt.IExecutionContext = self._open_context()
             if self._jit_cache is not None:
                 held.callback(self._keep_kernels)
-            self.inputs, self.outputs = self._ports()
+            self.inputs = tuple(self._ports(self._library.TensorIOMode.INPUT))
+            for port in self.inputs:
+                self._context.set_input_shape(port.name, port.shape)
+            self.outputs = tuple(self._ports(self._library.TensorIOMode.OUTPUT))
             self._stream = self._cuda.stream()
             held.callback(self._cuda.free_stream, self._stream)
             self._addresses, self._hosts = {}, {}
@@ -80,8 +83,6 @@ class TensorRTEngine(Engine):
                 address = self._addresses[port.name] = self._cuda.allocate(host.nbytes)
                 held.callback(self._cuda.free, address)
                 self._context.set_tensor_address(port.name, address)
-            for port in self.inputs:
-                self._context.set_input_shape(port.name, port.shape)
             held.callback(self._cuda.wait, self._stream)
             self._held = held.pop_all()
 
@@ -114,15 +115,18 @@ class TensorRTEngine(Engine):
             raise AccuQuantError(f"{self.name} has no room for {self.path.name}: {self._log.said()}")
         return context
 
-    def _ports(self) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
-        sides: dict[Any, list[Port]] = {}
+    def _ports(self, mode: Any) -> Iterator[Port]:
+        """The inputs; or, once their shapes are set, the outputs, of which any axis may depend on the batch."""
         for i in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(i)
-            shape = tuple(self.options.batch if side == -1 else side for side in self._engine.get_tensor_shape(name))
-            dtype = np.dtype(self._library.nptype(self._engine.get_tensor_dtype(name)))
-            sides.setdefault(self._engine.get_tensor_mode(name), []).append(Port(name, dtype, shape))
-        mode = self._library.TensorIOMode
-        return tuple(sides.get(mode.INPUT, [])), tuple(sides.get(mode.OUTPUT, []))
+            if self._engine.get_tensor_mode(name) != mode:
+                continue
+            if mode == self._library.TensorIOMode.INPUT:
+                sides = self._engine.get_tensor_shape(name)
+                shape = tuple(self.options.batch if side == -1 else side for side in sides)
+            else:
+                shape = tuple(self._context.get_tensor_shape(name))
+            yield Port(name, np.dtype(self._library.nptype(self._engine.get_tensor_dtype(name))), shape)
 
     def _infer(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         for name, value in inputs.items():

@@ -139,10 +139,17 @@ def mistakes(folder):
         (["accuquant-export", "tiny.ckpt", "--preset", "fast"], "known: smoke, default, best"),
         (["accuquant-export", "tiny.ckpt", "--sampler", "dimm"], "unknown sampler 'dimm'"),
         (["accuquant-export", "tiny.ckpt", "--steps", "5000"], "5000 sampling steps"),
+        (["accuquant-export", "tiny.ckpt", "--tune", "--tuned", "tiny-w4a8"], "leave one of them out"),
+        (["accuquant-export", "tiny.ckpt", "--tuned", "tiny-w4a8"], "exported without --tune"),
+        (
+            ["accuquant-export", "tiny.ckpt", "--tune", "--bits", "fp16", "--target", "tensorrt"],
+            "leaves everything in float already",
+        ),
         (["accuquant-sample", "."], "is not a bundle"),
         (["accuquant-sample", "tiny-w4a8", "--out", "grid.jpg"], "write .png"),
         (["accuquant-sample", "tiny-w4a8", "--engine", "fast"], "unknown engine 'fast'"),
         (["accuquant-bench", "tiny-w4a8", "--batch", "one"], "positive whole numbers"),
+        (["accuquant-bench", "tiny-w4a8", "--compare", "theirs"], "write NAME=GRAPH"),
     ]
 
 

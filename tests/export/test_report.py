@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from accuquant.export import figures
 from accuquant.export.report import DriftPoint, LayerRow, ReportFacts, write_report
+from accuquant.export.tuning import GroupDecision, Saving, Tuning
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.fidelity import PSNR_CAP, psnr, ssim
 from accuquant.runtime.pictures import grid, near_square, to_uint8
@@ -127,6 +128,26 @@ def test_the_least_faithful_layer_is_told(written):
     assert "the graph computes every one to at least <b>118 dB</b> and the engine" in page
     assert "to at least <b>70 dB</b> of what calibration simulated" in page
     assert "of what calibration simulated" not in written()
+
+
+def test_what_was_left_in_float_for_speed_is_told_with_what_was_not(written):
+    def group(form, median, in_float):
+        saves = Saving(median=median, low=median - 0.01, high=median + 0.01, n=40)
+        return GroupDecision(form=form, layers=(form, f"{form}.2"), saves=saves, in_float=in_float)
+
+    whole = Saving(median=0.06, low=0.05, high=0.07, n=100)
+    tuning = Tuning(
+        target="cpu", engine="Engine <2>", machine={}, batch=8, noise=0.004, whole=whole, step_seconds=(0.02, 0.0188),
+        groups=(group("linear 8x8", -0.08, False), group("conv <1>", 0.07, True)),
+    )  # fmt: skip
+    page = written(tuning=tuning)
+    assert "Left in float for speed" in page
+    assert "2 layers in 1 of 2 groups in float; a step takes 20.00 ms without and 18.80 ms with it" in page
+    assert "(Engine &lt;2&gt; at batch 8, noise 0.4%)" in page
+    first, second = page.index("conv &lt;1&gt;"), page.index("linear 8x8")
+    assert first < second
+    assert "+7.0% (+6.0% to +8.0%)" in page
+    assert "Left in float for speed" not in written()
 
 
 def test_a_larger_graph_is_called_larger(written):

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from accuquant.runtime.bundle import OperatorFacts
+from accuquant.runtime.engines.base import Kernel
 from accuquant.runtime.engines.compile_plan import installed
-from accuquant.runtime.inspection import judge
+from accuquant.runtime.inspection import judge, operator_precisions
 
 
 def run(command, *arguments):
@@ -33,6 +35,19 @@ def test_a_verdict_says_why_an_operator_did_not_get_what_it_asked():
     assert (good.asked, good.stored, good.got, good.why) == ("int4 weights, uint8", "int4", "u8", "")
     assert (left.got, "unfused" in left.why) == ("f32", True)
     assert (gone.got, "no kernel of that name" in gone.why) == ("not reported", True)
+
+
+def test_the_kernel_that_multiplies_is_believed_and_not_the_one_that_scales_its_result():
+    """Both bear the operator's name on TensorRT-RTX; on other engines names may be derived."""
+    kernels = [
+        Kernel("correlation", "Int8", ("conv1.input0.dequantize", "conv1")),
+        Kernel("kgen", "Float", ("conv1.input0.dequantize", "conv1", "act")),
+        Kernel("Convolution", "u8", ("conv2/WithoutBiases",)),
+        Kernel("Subgraph", "f32", ("softmax",)),
+    ]
+    running = SimpleNamespace(kernels=lambda: kernels)
+    got = operator_precisions(running, ["conv1", "conv2", "softmax", "gone"])
+    assert got == {"conv1": "Int8", "conv2": "u8", "softmax": "f32"}
 
 
 def test_all_operators_of_a_bundle_run_in_integers(tiny_bundle, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ from accuquant.export.passes.cast_rest import cast_rest
 from accuquant.runtime.engines.compile_plan import CompileRequest, compile_plan, installed
 from accuquant.runtime.engines.rtx_log import parse_log
 from accuquant.runtime.errors import AccuQuantError
+from accuquant.runtime.inspection import operator_precisions
 from onnx import TensorProto, helper, numpy_helper
 
 REFERENCE = Path(__file__).parents[2] / "tools" / "reference" / "fashion-ddim.ckpt"
@@ -101,8 +103,10 @@ def test_every_operator_of_every_form_is_an_integer_kernel(rtx, scheme, tiny, ti
     exported = None if scheme.get("split") else tiny.float_graph()
     graph, _, operators = lowered(load_model(tiny_checkpoint), tmp_path, exported, **scheme)
     for gpu in GPUS:
-        got = compile_plan(CompileRequest(graph, gpu)).precisions(operators)
-        assert got == dict.fromkeys(operators, "Int8"), gpu
+        compiled = compile_plan(CompileRequest(graph, gpu))
+        assert compiled.precisions(operators) == dict.fromkeys(operators, "Int8"), gpu
+        running = SimpleNamespace(kernels=lambda compiled=compiled: compiled.kernels)  # as the engine on a GPU tells it
+        assert operator_precisions(running, operators) == dict.fromkeys(operators, "Int8"), gpu
 
 
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.27), (4, 0.15)])

@@ -7,9 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -34,16 +32,8 @@ def bundle(tiny, tmp_path_factory):
 def gpu(stand_in, bundle, tmp_path, monkeypatch):
     """A machine with a GPU and both libraries; what was asked of TensorRT's builder is in `asked`."""
     pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed (pip install 'accuquant[rtx]')")
-    cuda = stand_in.Cuda()
-    for name in ("tensorrt", "tensorrt_rtx"):
-        module = ModuleType(name)
-        module.__spec__ = ModuleSpec(name, None)
-        for given in ("ILogger", "Runtime", "TensorIOMode", "CudaGraphStrategy", "nptype"):
-            setattr(module, given, getattr(stand_in, given))
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+    cuda = stand_in.install(monkeypatch, bundle.graph("denoiser"))
     monkeypatch.setenv("ACCUQUANT_CACHE", str(tmp_path / "cache"))
-    stand_in.Runtime.graph, stand_in.Runtime.gpu, stand_in.Runtime.log = bundle.graph("denoiser"), cuda, []
     cuda.asked = []
 
     def compiled(request, out=None):
@@ -268,7 +258,8 @@ def names(stand_in, flavour):
     """Every name that the adapter and the compiler's child use, by class, as the stand-in has them."""
     classes = stand_in.CLASSES + (stand_in.RTX_ONLY if flavour == "tensorrt_rtx" else ())
     used = {
-        c.__name__: [n for n in vars(c) if not n.startswith("_") and n not in ("graph", "gpu", "log")] for c in classes
+        c.__name__: [n for n in vars(c) if not n.startswith("_") and n not in ("graph", "graphs", "gpu", "log")]
+        for c in classes
     }
     if flavour == "tensorrt":
         used["ICudaEngine"] = [n for n in used["ICudaEngine"] if n != "create_runtime_config"]

@@ -1,0 +1,86 @@
+"""From a finished build to what its report says."""
+
+from typing import Any
+
+import torch
+
+from ..calibrate.checkpoint import name_of, stored_bytes
+from ..calibrate.optimize import Outcome
+from ..runtime.bundle import Bundle
+from ..runtime.console import machine_facts
+from ..runtime.inspection import LOOKED_UP
+from .facts import versions
+from .measure import Comparison
+from .report import DriftPoint, LayerRow, ReportFacts
+from .request import Prepared, Request
+
+
+def report_facts(
+    bundle: Bundle,
+    request: Request,
+    prepared: Prepared,
+    outcome: Outcome,
+    comparison: Comparison,
+    alike: dict[str, dict[str, float]],
+    times: dict[str, float],
+) -> ReportFacts:
+    """Everything the report of a bundle says, but for its pictures."""
+    manifest = bundle.manifest
+    layers = [
+        LayerRow(
+            name=name,
+            kind=facts.kind,
+            role=facts.role,
+            weight_bits=facts.weight_bits,
+            weight_container=facts.weight_container,
+            inputs=(" x ".join(facts.inputs) or "as they are") + (f" -> {facts.output}" if facts.output else ""),
+            parameters=facts.parameters,
+            stored_bytes=facts.stored_bytes,
+            runs_as=LOOKED_UP if facts.in_table else comparison.runs_as.get(name, "not inspected"),
+            reference_db=alike["reference"].get(name),
+            engine_db=alike["engine"].get(name),
+        )
+        for name, facts in manifest.operators.items()
+    ]
+    quantiles = zip(*(_quantile(comparison.drift, q) for q in (0.5, 0.1, 0.9)), strict=True)
+    drift = [
+        DriftPoint(step=i + 1, timestep=step.timestep, median=median, p10=p10, p90=p90)
+        for i, (step, (median, p10, p90)) in enumerate(zip(prepared.plan.steps, quantiles, strict=True))
+    ]
+    weights = sum(row.parameters for row in layers)
+    return ReportFacts(
+        title=f"{name_of(request.checkpoint)} at {request.scheme.name}",
+        found=prepared.model.found,
+        scheme=request.scheme.name,
+        target=request.scheme.target,
+        policy=request.scheme.described,
+        sampler=manifest.sampler,
+        steps=len(prepared.plan),
+        seeds_first=0,
+        n=len(comparison.psnr),
+        psnr=comparison.psnr.tolist(),
+        ssim=comparison.ssim.tolist(),
+        drift=drift,
+        beginning=str(outcome.beginning),
+        held_out=outcome.held_out,
+        kept=outcome.kept,
+        groups=outcome.groups,
+        calibration=request.spec.model_dump(),
+        layers=layers,
+        sizes={
+            "checkpoint": stored_bytes(request.checkpoint),
+            "fp32 graph": bundle.weight_bytes("twin"),
+            "quantized graph": bundle.weight_bytes("denoiser"),
+            "weights fp32": 4 * weights,
+            "weights quantized": sum(row.stored_bytes for row in layers),
+        },
+        times=times,
+        machine=machine_facts(),
+        versions=versions(),
+        engine=comparison.engine,
+        tuning=request.tuning,
+    )
+
+
+def _quantile(drift: Any, q: float) -> list[float]:
+    return torch.quantile(torch.as_tensor(drift, dtype=torch.float64), q, dim=1).tolist()
