@@ -22,6 +22,7 @@ from .report_style import CSS
 from .tuning import Tuning
 
 NOT_INSPECTED = "not inspected"
+LATENT = "; latents without a decoder, of which the first channel is shown"
 
 
 class DriftPoint(BaseModel):
@@ -96,7 +97,8 @@ class ReportFacts(BaseModel):
 def write_report(folder: Path, facts: ReportFacts, fp: np.ndarray, quantized: np.ndarray) -> Path:
     """Write `report.json` and `index.html` into `folder`; returns the latter's path.
 
-    `fp` and `quantized` are uint8 (N, H, W, C) with C 1 or 3: the same seeds in the same order.
+    `fp` and `quantized` are uint8 (N, H, W, C): the same seeds in the same order. Of other than 1 or 3 channels, as
+    latents without their decoder have, sheets show the first.
 
     Raises:
         AccuQuantError: the pictures do not belong together, or the folder cannot be written.
@@ -150,10 +152,13 @@ def _summary(facts: ReportFacts) -> str:
 
 
 def _sheets(facts: ReportFacts, fp: np.ndarray, quantized: np.ndarray) -> str:
+    undecoded = fp.shape[3] not in (1, 3)
+    if undecoded:
+        fp, quantized = fp[..., :1], quantized[..., :1]
     shown = min(len(fp), figures.shown_columns(fp) ** 2)
     apart, gain = figures.difference(fp[:shown], quantized[:shown])
     sheets = (
-        (fp, "Full precision", f"fp32 twin, {shown} of n = {facts.n}"),
+        (fp, "Full precision", f"fp32 twin, {shown} of n = {facts.n}" + LATENT * undecoded),
         (quantized, facts.scheme, "same seeds, same order"),
         (apart, "Difference", f"absolute, gain {gain}&times;"),
     )

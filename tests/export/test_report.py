@@ -185,6 +185,16 @@ def test_identical_pictures_of_any_number_and_size(shape, tmp_path):
     assert "gain 1&times;" in page
 
 
+def test_latents_without_a_decoder_are_shown_by_their_first_channel(tmp_path):
+    latents = np.random.default_rng(1).integers(0, 256, (4, 8, 8, 4), dtype=np.uint8)
+    shown = latents[..., :1]
+    pages = [write_report(tmp_path, facts_of(some, some), some, some).read_text() for some in (latents, shown)]
+    assert "of which the first channel is shown" in pages[0]
+    assert "first channel" not in pages[1]
+    sheets = [re.findall(r"data:image/png[^'\"]+", page)[:3] for page in pages]
+    assert sheets[0] == sheets[1] != []
+
+
 def test_facts_that_contradict_themselves_are_refused(pair):
     with pytest.raises(ValidationError, match="n is 4"):
         facts_of(*pair, n=N - 1)
