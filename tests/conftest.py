@@ -12,7 +12,16 @@ from hypothesis import settings
 HERE = Path(__file__).parent
 
 # Begun last, one of them would keep one worker busy while the others have nothing left to do.
-LONGEST = ("test_reference.py", "test_rtx.py", "test_compare.py", "test_passes.py", "test_commands.py")
+LONGEST = (
+    "test_reference.py",
+    "test_rtx.py",
+    "test_compare.py",
+    "test_passes.py",
+    "test_commands.py",
+    "test_emoji.py",
+    "test_pixart.py",
+    "test_tune.py",
+)
 
 # A busy machine is no failure.
 settings.register_profile("accuquant", deadline=None)
