@@ -61,7 +61,7 @@ autoencoder of factor 4 ({size["autoencoder"]}). `emoji-ldm.ckpt` is the average
 | data | {facts["pictures"]} drawings with their names: {"; ".join(facts["data"])} |
 | seen | {facts["autoencoder_images_seen"]:,} pictures, most of them quarters, and {facts["latents_seen"]:,} latents |
 | objective | v-prediction, betas linear in their root, 1000 timesteps; a tenth of the captions is empty |
-| command | `python {facts["command"]}` |
+| commands | {", then ".join(f"`{command}`" for command in facts["commands"])} |
 | wall time | {seconds["autoencoder"] / 60:.0f} and {seconds["denoiser"] / 60:.0f} min on {facts["device"]} |
 | caption first, among ten | {recalled}; {known} |
 

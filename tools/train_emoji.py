@@ -31,9 +31,11 @@ import torch
 import torch.nn.functional as F
 import typer
 import yaml
+from accuquant.calibrate.checkpoint import load_weights, read_checkpoint
 from accuquant.calibrate.families.adm_unet import AdmConfig, AdmUNet
 from accuquant.calibrate.families.bert_text import BertText
 from accuquant.calibrate.families.first_stage import Attention, Network, Residual, norm
+from accuquant.calibrate.families.ldm import FIRST_STAGE
 from accuquant.runtime.console import machine_facts
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -47,6 +49,7 @@ UNET = AdmConfig(
     context=TEXT_WIDTH,
 )  # fmt: skip
 TIMESTEPS, LINEAR_START, LINEAR_END = 1000, 0.0015, 0.0195
+GUIDANCE = 3.0
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 EMPTY, STYLED = 0.1, 0.5  # how often a caption is left out, and how often one names its style
 
@@ -128,7 +131,7 @@ def train(
         optimizer.load_state_dict(held["optimizer"])
         ema.load(held["ema"])
         step, spent = held["step"], held["seconds"]
-    begun, running = time.monotonic(), 0.0
+    begun, losses = time.monotonic(), list[float]()
     network.train()
     while step < steps:
         for group in optimizer.param_groups:
@@ -141,11 +144,12 @@ def train(
         optimizer.step()
         step += 1
         ema.update(step)
-        running += loss.item()
+        losses.append(loss.item())
         if step % every == 0 or step == steps:
             elapsed = spent + time.monotonic() - begun
-            print(f"{path.stem}  step {step}/{steps}  loss {running / every:.4f}  {elapsed:.0f} s", flush=True)
-            running = 0.0
+            mean = sum(losses) / len(losses)
+            print(f"{path.stem}  step {step}/{steps}  loss {mean:.4f}  {elapsed:.0f} s", flush=True)
+            losses.clear()
             save_atomically(
                 {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.weights, "step": step,
                  "seconds": elapsed}, path,
@@ -212,6 +216,7 @@ def latents_of(autoencoder: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor
 
 
 def train_denoiser(
+    network: Denoiser,
     latents: tuple[Tensor, Tensor],
     scale: float,
     tokens: dict[str, Tensor],
@@ -219,13 +224,13 @@ def train_denoiser(
     images: int,
     batch: int,
     seed: int,
-) -> tuple[Denoiser, float]:
-    """`tokens` holds those of every caption, "plain" and "styled", and of the "empty" text."""
+) -> float:
+    """Seconds spent; `tokens` holds those of every caption, "plain" and "styled", and of the "empty" text."""
     mean, deviation = latents
     betas = torch.linspace(LINEAR_START**0.5, LINEAR_END**0.5, TIMESTEPS, dtype=torch.float64) ** 2
     alpha_bar = torch.cumprod(1 - betas, 0)
     signal, noise = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
-    network = Denoiser().to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         pick = torch.randint(len(mean), (batch,), generator=generator)
@@ -239,8 +244,7 @@ def train_denoiser(
         a, s = signal[t, None, None, None], noise[t, None, None, None]
         return F.mse_loss(network(a * z + s * eps, t.float(), words), a * eps - s * z)
 
-    _, seconds = train(network, loss_of, path, math.ceil(images / batch), 1e-3, seed)
-    return network, seconds
+    return train(network, loss_of, path, math.ceil(images / batch), 1e-3, seed)[1]
 
 
 def settings(scale: float, prompts: list[str]) -> dict[str, Any]:
@@ -259,6 +263,7 @@ def settings(scale: float, prompts: list[str]) -> dict[str, Any]:
             }
         },
         "prompts": prompts,
+        "guidance": GUIDANCE,
     }
 
 
@@ -269,6 +274,9 @@ def main(
     autoencoder_images: Annotated[int, typer.Option(help="Pictures that the autoencoder sees in all.")] = 37_500,
     images: Annotated[int, typer.Option(help="Latents that the denoiser sees in all.")] = 200_000,
     seed: Annotated[int, typer.Option()] = 0,
+    start: Annotated[
+        Path | None, typer.Option(help="A released checkpoint whose denoiser is to learn on; its autoencoder stays.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
 ) -> None:
     """Train both stages, or go on where they stopped, and release the averaged weights."""
@@ -279,28 +287,48 @@ def main(
     pictures, captions, styles = emoji.load(data, SIZE)
     pixels = torch.from_numpy(pictures)
     styled = [f"{caption}, {style}" for caption, style in zip(captions, styles, strict=True)]
-    tokenizer = make_tokenizer(captions + styled)
+    begin = read_checkpoint(start)["state_dict"] if start is not None else {}
+    before = json.loads(start.with_suffix(".json").read_text()) if start is not None else {}
+    tokenizer = (
+        make_tokenizer(captions + styled)
+        if start is None
+        else Tokenizer.from_file(str(start.with_suffix(".tokenizer.json")))
+    )
     tokens = {
         "plain": tokens_of(tokenizer, captions),
         "styled": tokens_of(tokenizer, styled),
         "empty": tokens_of(tokenizer, [""]),
     }
-    autoencoder, first = train_autoencoder(pixels, out, autoencoder_images, seed)
+    if start is None:
+        autoencoder, first = train_autoencoder(pixels, out, autoencoder_images, seed)
+    else:
+        autoencoder, first = Autoencoder().eval(), 0.0
+        load_weights(
+            autoencoder, {k.removeprefix(FIRST_STAGE): v for k, v in begin.items() if k.startswith(FIRST_STAGE)}, start
+        )
     latents = latents_of(autoencoder, pixels)
     scale = float(1 / latents[0].std())
-    denoiser, second = train_denoiser(latents, scale, tokens, out / "denoiser.pth", images, 32, seed)
+    denoiser = Denoiser()
+    if start is not None:
+        load_weights(denoiser, {k: v for k, v in begin.items() if not k.startswith(FIRST_STAGE)}, start)
+    second = train_denoiser(denoiser, latents, scale, tokens, out / "denoiser.pth", images, 32, seed)
 
-    state = {**denoiser.state_dict(), **{f"first_stage_model.{k}": v for k, v in autoencoder.state_dict().items()}}
+    state = {**denoiser.state_dict(), **{f"{FIRST_STAGE}{k}": v for k, v in autoencoder.state_dict().items()}}
     save_atomically({"state_dict": {k: v.half() for k, v in state.items()}}, out / f"{name}.ckpt")
     tokenizer.save(str(out / f"{name}.tokenizer.json"))
     prompts = [captions[i] for i in np.random.default_rng(seed).permutation(len(captions))[:64]]
     (out / f"{name}.yml").write_text(yaml.safe_dump(settings(scale, prompts), sort_keys=False))
+    of_stages = f"--start {start.name}" if start is not None else f"--autoencoder-images {autoencoder_images}"
+    command = f"python tools/train_emoji.py {of_stages} --images {images} --seed {seed}"
     facts = {
         "pictures": len(pixels),
-        "autoencoder_images_seen": autoencoder_images,
-        "latents_seen": images,
-        "seconds": {"autoencoder": round(first), "denoiser": round(second)},
-        "command": f"tools/train_emoji.py --autoencoder-images {autoencoder_images} --images {images} --seed {seed}",
+        "autoencoder_images_seen": before.get("autoencoder_images_seen", autoencoder_images),
+        "latents_seen": before.get("latents_seen", 0) + images,
+        "seconds": {
+            "autoencoder": before["seconds"]["autoencoder"] if before else round(first),
+            "denoiser": (before["seconds"]["denoiser"] if before else 0) + round(second),
+        },
+        "commands": [*before.get("commands", []), command],
         "device": f"{machine_facts()['cpu']}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "parameters": {

@@ -13,7 +13,8 @@ the checkpoint (or `--config`) for others:
         image_size: 64
         scale_factor: 1.0
         unet_config: {params: {num_head_channels: 32}}       # or num_heads
-    prompts: [a red apple, a blue heart]     # an entry of our own, for models of text: what to calibrate with
+    prompts: [a red apple, a blue heart]     # entries of our own, for models of text: what to calibrate with,
+    guidance: 3.0                            # and how much they are guided
 """
 
 import re
@@ -219,7 +220,8 @@ def _conditioned(
         return ByClassContext(unet, len(table), width), inside | {"embedding.weight": table}, known, None
     for family in TEXTS:
         if family.recognise(state):
-            told = ByText(examples=facts.prompts or PROMPTS, guidance=family.GUIDANCE)
+            usual = family.GUIDANCE if facts.guidance is None else facts.guidance
+            told = ByText(examples=facts.prompts or PROMPTS, guidance=usual)
             return ByContext(unet), inside, told, family.load(state, path)
     raise AccuQuantError(
         f"{path}: the U-Net reads a context of width {width} and the file holds neither an embedding of classes nor a "

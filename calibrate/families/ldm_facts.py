@@ -35,6 +35,7 @@ class Facts(BaseModel):
     num_heads: int = -1
     num_head_channels: int = -1
     prompts: tuple[str, ...] = ()
+    guidance: float | None = Field(default=None, ge=0)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def read_facts(
             {
                 **params,
                 **{k: heads[k] for k in ("num_heads", "num_head_channels") if k in heads},
-                "prompts": read.get("prompts", ()),
+                **{k: read[k] for k in ("prompts", "guidance") if k in read},
             }
         )
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
