@@ -56,7 +56,7 @@ def quadratic(steps: int, train: int) -> list[int]:
     between equal timesteps, so that repeats are left out.
     """
     if steps < 2:
-        raise ValueError("quadratic spacing has a first and a last timestep")
+        raise AccuQuantError("quadratic spacing has a first and a last timestep; ask for two steps or more")
     sequence = np.linspace(0, np.sqrt(train * 0.8), steps) ** 2  # in the original's own arithmetic, which rounds
     return sorted({int(t) for t in sequence}, reverse=True)
 
@@ -167,7 +167,8 @@ def _flow_spacing(noise_schedule: Mapping[str, Any], settings: Mapping[str, Any]
 
 def _rows(scheduler: Any, steps: int, spacing: Mapping[str, Any], step_arguments: Mapping[str, Any]) -> list[PlanStep]:
     """Run the scheduler on basis vectors and read every row of the plan off the forms."""
-    scheduler.set_timesteps(steps, **spacing)
+    # Schedulers take a number of steps or the timesteps themselves.
+    scheduler.set_timesteps(**spacing if "timesteps" in spacing else {"num_inference_steps": steps, **spacing})
     timesteps = scheduler.timesteps
     rows = len(timesteps)
 

@@ -8,90 +8,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
 
-from ..calibrate.guard import GroupGain, verdict
+from ..calibrate.guard import verdict
 from ..runtime.errors import AccuQuantError
 from ..runtime.fidelity import PSNR_CAP
 from ..runtime.files import write_text
 from . import figures
+from .report_facts import DriftPoint, LayerRow, ReportFacts
 from .report_style import CSS
 from .tuning import Tuning
 
 NOT_INSPECTED = "not inspected"
 LATENT = "; latents without a decoder, of which the first channel is shown"
-
-
-class DriftPoint(BaseModel):
-    """Relative error ||x~_t - x_t|| / ||x_t|| after a sampling step (counted from 1), as quantiles over pictures."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-    step: int
-    timestep: float
-    median: float
-    p10: float
-    p90: float
-
-
-class LayerRow(BaseModel):
-    """One quantized operator: its weights, its inputs and what the engine made of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    kind: Literal["conv", "linear", "matmul"]
-    role: str
-    weight_bits: int | None
-    weight_container: str
-    inputs: str
-    parameters: int
-    stored_bytes: int
-    runs_as: str
-    reference_db: float | None = None  # SQNR against the simulation on the same input, of the standard's execution
-    engine_db: float | None = None  # and of the engine's
-
-
-class ReportFacts(BaseModel):
-    """Everything the report says. Sizes in bytes, times in seconds; `held_out` by calibration iteration."""
-
-    # A diverged run has infinities to report; plain JSON knows none, and null would not load again.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-    schema_version: Literal[1] = 1
-    title: str
-    found: str
-    scheme: str
-    target: str
-    policy: str
-    sampler: str
-    steps: int
-    seeds_first: int
-    n: int
-    psnr: list[float]
-    ssim: list[float]
-    drift: list[DriftPoint]
-    held_out: dict[int, float]
-    kept: int
-    beginning: str = ""
-    groups: list[GroupGain] = []
-    calibration: dict[str, Any]
-    layers: list[LayerRow]
-    sizes: dict[str, int]
-    times: dict[str, float]
-    machine: dict[str, str]
-    versions: dict[str, str]
-    engine: str
-    tuning: Tuning | None = None
-
-    @model_validator(mode="after")
-    def _n_is_true(self) -> "ReportFacts":
-        if not self.n == len(self.psnr) == len(self.ssim):
-            raise ValueError(f"n is {self.n}, but there are {len(self.psnr)} PSNR and {len(self.ssim)} SSIM values")
-        return self
 
 
 def write_report(folder: Path, facts: ReportFacts, fp: np.ndarray, quantized: np.ndarray) -> Path:

@@ -44,11 +44,8 @@ def score(kid: dict[str, float]) -> str:
 def emoji_card(folder: Path, results: Path) -> str:
     """Of the latent text-to-image model; its pictures and numbers lie in `results`."""
     facts = json.loads((folder / "emoji-ldm.json").read_text())
-    measured = json.loads((results / "emoji.json").read_text())
     size = {name: f"{count / 1e6:.2f} M" for name, count in facts["parameters"].items()}
-    seconds, real, of = facts["seconds"], measured["real"], measured["sides"]["fp32"]["caption"]
-    recalled = f"{of['first']:.1%}, {of['first_ten']:.1%} of {measured['n']} painted pictures"
-    known = f"{real['first']:.1%}, {real['first_ten']:.1%} of {real['n']} real ones"
+    seconds = facts["seconds"]
     return f"""# emoji-ldm
 
 Latent text-to-image diffusion of emoji, 64x64, in CompVis's layout: a denoiser with cross-attention
@@ -63,15 +60,28 @@ autoencoder of factor 4 ({size["autoencoder"]}). `emoji-ldm.ckpt` is the average
 | objective | v-prediction, betas linear in their root, 1000 timesteps; a tenth of the captions is empty |
 | commands | {", then ".join(f"`{command}`" for command in facts["commands"])} |
 | wall time | {seconds["autoencoder"] / 60:.0f} and {seconds["denoiser"] / 60:.0f} min on {facts["device"]} |
-| caption first, among ten | {recalled}; {known} |
+| note | {facts.get("note", "-")} |
 
-Captions are those of training: the count says how well pictures are recalled, not how well new ones are invented. A
-caption may end in `, noto` or `, flat`, which asks for a style.
+A caption may end in `, noto` or `, flat`, which asks for a style.
+{_recalled(results)}
+Intended use: a small real model to calibrate, export and play with. It knows the names of emoji, without people and
+flags, and no other words. It is young: hearts, faces and simple things are recognisable, finer drawings are not yet;
+`tools/train_emoji.py --start` goes on from it.
+"""
+
+
+def _recalled(results: Path) -> str:
+    """How many of its pictures are found by their captions, if that was measured."""
+    if not (results / "emoji.json").exists():
+        return ""
+    measured = json.loads((results / "emoji.json").read_text())
+    real, of = measured["real"], measured["sides"]["fp32"]["caption"]
+    return f"""
+Of {measured["n"]} painted pictures the caption is found first for {of["first"]:.1%} and among the first ten for
+{of["first_ten"]:.1%} (of {real["n"]} real ones {real["first"]:.1%} and {real["first_ten"]:.1%}). Captions are those of
+training: the count says how well pictures are recalled, not how well new ones are invented.
 
 ![pictures in full precision](../results/emoji-fp32.png)
 
 Under {", ".join(measured["sheet"])}.
-
-Intended use: a small real model to calibrate, export and play with. It knows the names of emoji, without people and
-flags, and no other words.
 """

@@ -194,7 +194,9 @@ def emoji_table(report: dict[str, Any]) -> str:
 
 
 def emoji_results() -> list[str]:
-    """The same prompts by every precision, and the numbers."""
+    """The same prompts by every precision, and the numbers; nothing until they are measured."""
+    if not (RESULTS / "emoji.json").exists():
+        return []
     report = json.loads((RESULTS / "emoji.json").read_text())
     sides = list(report["sides"])
     said = {"fp32": "full precision"}

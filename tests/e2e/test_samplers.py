@@ -13,7 +13,7 @@ import torch
 from accuquant.calibrate.trace import SAMPLERS, _noise_source, trace
 from accuquant.export.graph import save_graph
 from accuquant.runtime import noise
-from accuquant.runtime.bundle import Bundle, Manifest, describe, save_manifest
+from accuquant.runtime.bundle import Bundle, Manifest, describe, describe_rest, save_manifest
 from accuquant.runtime.engines import ENGINES
 from accuquant.runtime.pipeline import Pipeline
 
@@ -32,9 +32,10 @@ def any_plan(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any")
     save_graph(tiny.float_graph(), folder / "twin.onnx")
     trace("ddim", tiny.NOISE_SCHEDULE, STEPS).save(folder / "plan.json")
+    networks = describe(folder, {"twin": "twin.onnx"})
     manifest = Manifest(
         family="ddim", found="", sample_shape=tiny.SHAPE, scheme="FP32", target="cpu", policy="", sampler="any",
-        networks=describe(folder, {"twin": "twin.onnx"}), operators={}, provenance={}, quality={},
+        networks=networks, files=describe_rest(folder, networks), operators={}, provenance={}, quality={},
     )  # fmt: skip
     save_manifest(folder, manifest)
     return Bundle(folder)
@@ -53,7 +54,10 @@ def of_diffusers(tiny):
         accepted = inspect.signature(factory.__init__).parameters
         settings = {**schedule_of(tiny, name), **chosen.config, "clip_sample": False, "clip_denoised": False}
         scheduler = factory(**{k: v for k, v in settings.items() if k in accepted})
-        scheduler.set_timesteps(STEPS)
+        if chosen.timesteps is None:
+            scheduler.set_timesteps(STEPS)
+        else:
+            scheduler.set_timesteps(timesteps=chosen.timesteps(STEPS, scheduler.config.num_train_timesteps))
         drawn = {i: torch.from_numpy(noise.batch(SEEDS, i, tiny.SHAPE)) for i in range(-1, len(scheduler.timesteps))}
         x = drawn[-1] * float(getattr(scheduler, "init_noise_sigma", 1.0))
         for i, t in enumerate(scheduler.timesteps):
@@ -66,8 +70,8 @@ def of_diffusers(tiny):
     return run
 
 
-def test_there_are_nineteen():
-    assert len(SAMPLERS) == 19
+def test_there_are_twenty():
+    assert len(SAMPLERS) == 20
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))

@@ -121,7 +121,7 @@ def test_stable_diffusion_pipelines_run_unchanged(tiny, text_model, text_bundle,
 
     def paint():
         return pipe(
-            prompt_embeds=toy.text(["red heart", "blue apple"]), negative_prompt_embeds=toy.text(["", ""]),
+            prompt_embeds=toy.text(["red heart", "blue apple"])[0], negative_prompt_embeds=toy.text(["", ""])[0],
             guidance_scale=3.0, num_inference_steps=4, generator=generator(), output_type="np", **settings,
         ).images  # fmt: skip
 

@@ -67,7 +67,7 @@ def test_predictions_stay_when_the_engine_writes_again(x, guidance):
 
 def test_every_sample_has_its_own_guidance_and_its_own_none(x):
     denoiser = made(2, 3.0)
-    denoiser.under("y", np.array([1, 2]), np.array([4, 0]))
+    denoiser.under({"y": np.array([1, 2])}, {"y": np.array([4, 0])})
     denoiser.guided_by([1.5, 1.0])
     free, wanted = (x * np.array(y, np.float32).reshape(2, 1, 1, 1) + 7 for y in ([5, 1], [2, 3]))
     expected = free + np.array([1.5, 1.0], np.float32).reshape(2, 1, 1, 1) * (wanted - free)

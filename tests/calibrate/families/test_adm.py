@@ -115,7 +115,7 @@ def test_a_class_conditional_model_says_so_and_cannot_be_guided(formula, tmp_pat
     assert "5 classes" in model.found
     assert model.conditioning == ByClass(classes=5)
     assert model.condition([3, 4, 5])["y"].tolist() == [3, 4, 0]
-    with pytest.raises(AccuQuantError, match="no class that stands for none"):
+    with pytest.raises(AccuQuantError, match="nothing that stands for none"):
         model.guided(2.0)
 
 
