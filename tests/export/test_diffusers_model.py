@@ -177,6 +177,7 @@ def test_what_the_bundle_cannot_do_is_refused(tiny_bundle, class_bundle, text_bu
             encoder_hidden_states=torch.zeros(2, 5, 8))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_bundle_for_any_timestep_takes_any(tiny, tmp_path):
     unet = accuquant.load_unet(tiny.export(tmp_path, time_table=False), network="twin")
     x = torch.randn(1, 1, 8, 8)

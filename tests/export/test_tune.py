@@ -148,6 +148,7 @@ def tuned(asked, layers, **changes):
     return replace(asked, scheme=scheme, tuning=record(layers), **changes)
 
 
+@pytest.mark.slow
 def test_a_tuned_bundle_says_why_and_its_decisions_can_be_taken_again(asked, tmp_path):
     """And interrupted it resumes to the same bytes."""
     layers = ("down.0.block.0.conv1", "down.0.block.0.conv2")

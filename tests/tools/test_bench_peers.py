@@ -89,6 +89,7 @@ def test_another_checkpoint_is_refused(tool, tiny, tiny_bundle, tmp_path):
         tool.torch_peers(other, None, tiny_bundle)
 
 
+@pytest.mark.slow
 def test_the_benchmark_takes_graphs_to_compare_with(tiny_bundle, monkeypatch, tmp_path, capsys):
     twin = tiny_bundle.graph("twin")
     (tmp_path / "broken.onnx").write_text("no graph")
