@@ -39,17 +39,20 @@ def result(tmp_path_factory):
     return build(asked, prepare(asked), lambda *_: None)
 
 
+@pytest.mark.slow
 def test_pictures_stay_the_same(result):
     assert result.comparison.psnr.mean() > 20.0
     assert result.comparison.ssim.mean() > 0.8
 
 
+@pytest.mark.slow
 def test_every_operator_runs_in_integers(result):
     ran = result.comparison.runs_as
     assert len(ran) > 40
     assert set(ran.values()) <= {"i8", "u8"}
 
 
+@pytest.mark.slow
 def test_hearts_have_the_colour_that_was_asked_for(result, tmp_path):
     """Without torch: the command runs where importing it fails."""
     prompts = [word for prompt in COLOURS for word in ("--prompt", prompt)]

@@ -82,6 +82,7 @@ def outcomes(report, *but):
     return {(a["stage"], a["engine"]): a["outcome"] for a in report["attempts"] if a["stage"] not in but}
 
 
+@pytest.mark.slow
 def test_what_is_right_holds_on_every_engine_and_all_is_in_one_file(on_a_gpu, bundles):
     report, code = on_a_gpu(bundles["half"], bundles["int"])
     stages = ("build", "precision", "numerics", "layers")
@@ -108,6 +109,7 @@ def test_what_is_right_holds_on_every_engine_and_all_is_in_one_file(on_a_gpu, bu
     assert looked_at == [0, computed] * 2
 
 
+@pytest.mark.slow
 def test_an_engine_that_computes_something_else_is_refuted(on_a_gpu, bundles, stand_in, monkeypatch):
     run = stand_in.IExecutionContext._run
 
@@ -126,6 +128,7 @@ def test_an_engine_that_computes_something_else_is_refuted(on_a_gpu, bundles, st
     assert found["benchmark", "tensorrt"] == "skipped"  # there is nothing in float16 to compare with
 
 
+@pytest.mark.slow
 def test_an_engine_whose_results_change_from_run_to_run_is_refuted(on_a_gpu, bundles, stand_in, monkeypatch):
     """As one would whose captured graph reads another buffer than the runs before it."""
     monkeypatch.setattr(stand_in.Cuda, "cudaGraphLaunch", lambda self, graph, stream: self.memory.copy() and (0,))
@@ -143,6 +146,7 @@ def test_an_engine_whose_results_change_from_run_to_run_is_refuted(on_a_gpu, bun
     assert {a["outcome"] for a in builds} == {"refuted"}
 
 
+@pytest.mark.slow
 def test_kernels_in_float_are_refuted_by_name(on_a_gpu, bundles, monkeypatch):
     operators = Bundle(bundles["int"]).manifest.operators
     one = next(name for name, facts in operators.items() if not facts.in_table)
@@ -159,6 +163,7 @@ def test_kernels_in_float_are_refuted_by_name(on_a_gpu, bundles, monkeypatch):
     assert [row["operator"] for row in seen["facts"]["others"]] == [one]
 
 
+@pytest.mark.slow
 def test_a_failing_stage_is_told_and_the_rest_goes_on(on_a_gpu, bundles, monkeypatch):
     def full(request, out=None):
         raise RuntimeError("no tactics to implement the operation")
@@ -186,6 +191,7 @@ def test_a_stage_that_dies_is_a_failure_with_a_reason(tools, tmp_path, program, 
     assert verify.outcome_of(told) == "failed"
 
 
+@pytest.mark.slow
 def test_a_stages_own_process_answers(tools, bundles, tmp_path):
     """The real way: a child, whose refusal arrives as one sentence."""
     _, verify = tools
@@ -223,6 +229,7 @@ def test_nothing_claimed_is_not_all_held(tools, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_the_gpu_is_not_tried(tools, bundles):
     _, verify = tools
     bundle = Bundle(bundles["int"])
