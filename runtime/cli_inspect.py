@@ -61,7 +61,8 @@ def inspect(
 def _here(bundle: Bundle, name: str) -> dict[str, Any]:
     engine = open_engine(bundle.graph("denoiser"), EngineOptions(batch=1), name, bundle.manifest.target)
     try:
-        verdicts = judge(bundle.manifest.operators, operator_precisions(engine, bundle.manifest.operators))
+        operators = bundle.manifest.operators
+        verdicts = judge(operators, operator_precisions(engine, operators), engine.kept_in_float)
         return {"engine": engine.name, "verdicts": verdicts, "weights_bytes": 0, "note": ""}
     finally:
         engine.close()

@@ -8,7 +8,7 @@ from .engines import ENGINES, EXTRAS, GPU_ENGINES, MODULES, available, has_libra
 from .engines.compile_plan import LIBRARIES
 from .engines.cuda import gpu
 
-# The instructions that multiply 8-bit integers, four to a lane; without them int8 is no faster than fp32.
+# The instructions that multiply 8-bit integers, four to a lane; without them 8-bit products saturate.
 INTEGER_INSTRUCTIONS = frozenset({"avx_vnni", "avx512_vnni", "amx_int8"})
 
 
@@ -35,7 +35,9 @@ def _on_cpu(name: str, instructions: str) -> Finding:
     kinds = [f"int8 ({', '.join(integers)})" if integers else f"int8{' (emulated)' if known else ''}", *rests(name)]
     made_for = "" if name == "openvino" else "integers only of bundles made for it (--target onnxruntime)"
     slow = known and not integers
-    advice = "this CPU has no int8 dot product: expect smaller files and no more speed" if slow else made_for
+    advice = (
+        "this CPU has no int8 dot product: 8-bit weights run in float, 4 and 7 bits in integers" if slow else made_for
+    )
     return Finding(name, _version((name,)), ", ".join(kinds), advice)
 
 

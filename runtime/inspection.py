@@ -1,7 +1,8 @@
 """Precision asked and precision got, operator by operator, in the words of whoever compiled the graph."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from .bundle import OperatorFacts
 from .engines.base import Engine, Kernel
@@ -43,10 +44,15 @@ def multiplies(kernel: Kernel) -> bool:
     return any(word in kernel.kind.lower() for word in MULTIPLY)
 
 
-def judge(operators: dict[str, OperatorFacts], got: dict[str, str]) -> list[Verdict]:
+def judge(
+    operators: Mapping[str, OperatorFacts],
+    got: Mapping[str, str],
+    kept_in_float: Mapping[str, str] = MappingProxyType({}),
+) -> list[Verdict]:
     """One verdict an operator, in the manifest's order.
 
     An operator with quantized inputs asks for a low-bit kernel, one whose weight alone is quantized for a float one.
+    `kept_in_float` holds the engine's own reasons.
     """
     verdicts = []
     for name, facts in operators.items():
@@ -58,7 +64,7 @@ def judge(operators: dict[str, OperatorFacts], got: dict[str, str]) -> list[Verd
         elif precision in {*LOW_BIT, LOOKED_UP} or not facts.inputs:
             why = ""
         else:
-            why = "the engine left its Q/DQ unfused and multiplies in float"
+            why = kept_in_float.get(name, "the engine left its Q/DQ unfused and multiplies in float")
         asked = ", ".join([*weights, *([" x ".join(facts.inputs)] if facts.inputs else [])])
         verdicts.append(Verdict(name, asked, facts.weight_container, precision or "not reported", why))
     return verdicts

@@ -20,6 +20,7 @@ Out come `emoji-ldm.ckpt` (the state dict in half precision), its tokenizer, its
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,7 @@ CHANNELS, WIDTHS, BLOCKS = 64, (64, 64, 128), 1
 LENGTH, TOKENS, TEXT_WIDTH, TEXT_DEPTH = 12, 1500, 192, 2
 UNET = AdmConfig(
     LATENT, LATENT, 64, (1, 2), 1, (1,), heads=None, head_channels=32, resblock_updown=False, scale_shift_norm=False,
-    context=TEXT_WIDTH,
+    context=TEXT_WIDTH, depth=2,
 )  # fmt: skip
 TIMESTEPS, LINEAR_START, LINEAR_END = 1000, 0.0015, 0.0195
 GUIDANCE = 3.0
@@ -247,6 +248,16 @@ def train_denoiser(
     return train(network, loss_of, path, math.ceil(images / batch), 1e-3, seed)[1]
 
 
+def deepened(held: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """The held weights, and for transformer blocks that they lack those of `network`, such that these change nothing.
+
+    A block is h + branch(h) three times: with their last layers at zero, the deeper network computes what was held.
+    """
+    new = {k: v for k, v in network.state_dict().items() if k not in held and ".transformer_blocks." in k}
+    last = re.compile(r"\.(to_out\.0|ff\.net\.2)\.(weight|bias)$")
+    return held | {k: torch.zeros_like(v) if last.search(k) else v for k, v in new.items()}
+
+
 def settings(scale: float, prompts: list[str]) -> dict[str, Any]:
     """The repository's own YAML form, as far as the loader reads it, and prompts to calibrate with."""
     return {
@@ -275,7 +286,8 @@ def main(
     images: Annotated[int, typer.Option(help="Latents that the denoiser sees in all.")] = 200_000,
     seed: Annotated[int, typer.Option()] = 0,
     start: Annotated[
-        Path | None, typer.Option(help="A released checkpoint whose denoiser is to learn on; its autoencoder stays.")
+        Path | None,
+        typer.Option(help="A released checkpoint whose denoiser is to learn on, deepened; its autoencoder stays."),
     ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
 ) -> None:
@@ -310,7 +322,8 @@ def main(
     scale = float(1 / latents[0].std())
     denoiser = Denoiser()
     if start is not None:
-        load_weights(denoiser, {k: v for k, v in begin.items() if not k.startswith(FIRST_STAGE)}, start)
+        held = {k: v for k, v in begin.items() if not k.startswith(FIRST_STAGE)}
+        load_weights(denoiser, deepened(held, denoiser), start)
     second = train_denoiser(denoiser, latents, scale, tokens, out / "denoiser.pth", images, 32, seed)
 
     state = {**denoiser.state_dict(), **{f"{FIRST_STAGE}{k}": v for k, v in autoencoder.state_dict().items()}}

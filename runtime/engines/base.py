@@ -50,6 +50,7 @@ class Engine(ABC):
     """Load by constructing, then `run`, then `close`. Engines are not thread-safe; give each thread its own."""
 
     name: str  # library and version, as shown to people
+    kept_in_float: Mapping[str, str] = {}  # operators that this engine does not run in integers on this machine: why
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         if not path.exists():

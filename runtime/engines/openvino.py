@@ -1,7 +1,8 @@
 """OpenVINO on the CPU: the default engine, because it fuses our Q/DQ graph wholly into int8 kernels.
 
-The graph is read as it is, with one change: 4-bit weight constants are widened to int8, same values. There is no 4-bit
-arithmetic on CPUs, and left at 4 bits OpenVINO decompresses such weights to float and computes in float.
+The graph is read as it is, with two changes: 4-bit weight constants are widened to int8, same values - there is no
+4-bit arithmetic on CPUs, and left at 4 bits OpenVINO decompresses such weights and computes in float - and on CPUs
+whose integer products saturate, operators that could get there are kept out of its fusion (saturation.py).
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import openvino as ov
 
 from ..errors import AccuQuantError
 from .base import Engine, EngineOptions, Kernel, Port, Rest
+from .saturation import SATURATES, keep_out
 
 
 class OpenVINOEngine(Engine):
@@ -27,6 +29,7 @@ class OpenVINOEngine(Engine):
         except RuntimeError as error:
             raise AccuQuantError(f"{path} cannot be read by {self.name}: {_first_line(error)}") from error
         widen_int4(model)
+        self.kept_in_float = dict.fromkeys(keep_out(model), SATURATES)
         model.reshape({port: [options.batch, *list(port.partial_shape)[1:]] for port in model.inputs})
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[options.rest],
