@@ -200,6 +200,8 @@ def _summary(request: Request, result: Result) -> Table:
     ran = Counter(comparison.runs_as.values())
     shown = ", ".join(f"{n} as {p}" for p, n in ran.most_common()) or "the engine reports none"
     table.add_row("kernels on this machine", shown)
+    for why, count in Counter(comparison.kept_in_float.values()).items():
+        table.add_row("kept in float", f"{count}: {why}")
     n, p = len(comparison.psnr), np.percentile(comparison.psnr, [10, 90])
     table.add_row(
         "PSNR to the fp twin", f"{comparison.psnr.mean():.2f} dB mean, {p[0]:.1f}..{p[1]:.1f} p10..p90, n = {n}"

@@ -165,7 +165,8 @@ class EngineModel(nn.Module):
         """The one for that batch size, compiled if none of those kept is; the one last used longest ago goes."""
         engine = self._engines.pop(size, None)
         if engine is None:
-            engine = open_engine(self._path, EngineOptions(size, self._threads, self._rest), self._name)
+            options = EngineOptions(size, self._threads, self._rest)
+            engine = open_engine(self._path, options, self._name, self.bundle.manifest.target)
         self._engines[size] = engine
         while len(self._engines) > KEPT:
             self._engines.pop(next(iter(self._engines))).close()

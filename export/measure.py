@@ -1,6 +1,7 @@
 """The proof beside the engine: both twins sampled from the same seeds, compared picture by picture and step by step."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ class Comparison:
     seconds: dict[str, float]
     engine: str
     runs_as: dict[str, str]
+    kept_in_float: Mapping[str, str]  # by the engine, with its reasons
 
 
 def compare_twins(bundle: Bundle, n: int, seed: int, progress: Any, batch: int = 8) -> Comparison:
@@ -32,7 +34,7 @@ def compare_twins(bundle: Bundle, n: int, seed: int, progress: Any, batch: int =
     pictures: dict[NetworkName, np.ndarray] = {}
     seconds: dict[str, float] = {}
     sides: tuple[NetworkName, NetworkName] = ("twin", "denoiser")
-    engine, runs_as = "", dict[str, str]()
+    engine, runs_as, kept_in_float = "", dict[str, str](), dict[str, str]()
     steps = len(bundle.plan)
     for k, side in enumerate(sides):
         kept = np.empty((steps, n, *bundle.manifest.sample_shape), np.float32)
@@ -50,7 +52,9 @@ def compare_twins(bundle: Bundle, n: int, seed: int, progress: Any, batch: int =
             if side == "denoiser":
                 engine = pipeline.engine.name
                 runs_as = operator_precisions(pipeline.engine, bundle.manifest.operators)
+                kept_in_float = dict(pipeline.engine.kept_in_float)
     flat = {side: path.reshape(steps, n, -1) for side, path in paths.items()}
     drift = np.linalg.norm(flat["denoiser"] - flat["twin"], axis=2) / np.linalg.norm(flat["twin"], axis=2)
     fp, quantized = pictures["twin"], pictures["denoiser"]
-    return Comparison(fp, quantized, psnr(fp, quantized), ssim(fp, quantized), drift, seconds, engine, runs_as)
+    alike = psnr(fp, quantized), ssim(fp, quantized)
+    return Comparison(fp, quantized, *alike, drift, seconds, engine, runs_as, kept_in_float)

@@ -225,7 +225,9 @@ def _counted(layers: Sequence[LayerRow]) -> str:
     missing = len(layers) - ran.total()
     words = [f"{count} as <b>{escape(word)}</b>" for word, count in ran.most_common()]
     words += [f"{missing} {NOT_INSPECTED}"] if missing else []
-    return f"{text} Kernels, in the engine's own words: {', '.join(words)}."
+    kept = Counter(row.why for row in layers if row.why)
+    reasons = "".join(f" {count} kept in float: {escape(why)}." for why, count in kept.items())
+    return f"{text} Kernels, in the engine's own words: {', '.join(words)}.{reasons}"
 
 
 def _alike(layers: Sequence[LayerRow]) -> str:

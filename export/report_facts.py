@@ -43,6 +43,7 @@ class LayerRow(BaseModel):
     parameters: int
     stored_bytes: int
     runs_as: str
+    why: str = ""  # the engine keeps it in float
     reference_db: float | None = None  # SQNR against the simulation on the same input, of the standard's execution
     engine_db: float | None = None  # and of the engine's
 
@@ -108,6 +109,7 @@ def report_facts(
             parameters=facts.parameters,
             stored_bytes=facts.stored_bytes,
             runs_as=LOOKED_UP if facts.in_table else comparison.runs_as.get(name, "not inspected"),
+            why=comparison.kept_in_float.get(name, ""),
             reference_db=alike["reference"].get(name),
             engine_db=alike["engine"].get(name),
         )

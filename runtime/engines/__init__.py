@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import AccuQuantError
@@ -90,7 +91,7 @@ def open_engine(path: Path, options: EngineOptions, name: str = "auto", target: 
     Raises:
         AccuQuantError: unknown name, its library is not installed, or it has no `options.rest` on this machine.
     """
-    return ALL[choose(name, target)]()(path, options)
+    return ALL[choose(name, target)]()(path, replace(options, target=target))
 
 
 def rests(name: str = "auto", target: str = "") -> tuple[Rest, ...]:

@@ -37,13 +37,14 @@ class EngineOptions:
     """How a graph is compiled.
 
     `threads` 0 leaves the choice to the library; `rest` is the type of all that is not integer, of a twin everything;
-    with `profile` kernels are timed while they run, which costs time.
+    with `profile` kernels are timed while they run, which costs time; `target` is what a bundle's graph was made for.
     """
 
     batch: int = 8
     threads: int = 0
     rest: Rest = "float32"
     profile: bool = False
+    target: str = ""
 
 
 class Engine(ABC):

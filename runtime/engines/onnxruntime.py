@@ -49,8 +49,11 @@ class OnnxRuntimeEngine(Engine):
     def _open(self, settings: Any) -> Any:
         settings.log_severity_level = 3
         settings.intra_op_num_threads = self.options.threads
-        # Without VNNI, products of unsigned and signed codes saturate at 16 bits; this makes both unsigned there.
-        settings.add_session_config_entry("session.x64quantprecision", "1")
+        if self.options.target == "onnxruntime":
+            # Without VNNI, products of unsigned and signed codes saturate at 16 bits; this makes both unsigned there.
+            # Of graphs that do not become integer kernels ONNX Runtime 1.32 then makes nonsense: per-channel scales
+            # with one zero point.
+            settings.add_session_config_entry("session.x64quantprecision", "1")
         if self._exact:
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         quantized = b"QuantizeLinear" in self.path.read_bytes()
