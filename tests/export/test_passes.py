@@ -390,7 +390,7 @@ def test_smoothed_inputs_are_divided_in_the_graph(tiny, tmp_path):
     assert sqnr(plain.torch_output(active=True), got) < 35
     engine = open_engine(tmp_path / "q.onnx", EngineOptions(batch=4), "openvino")
     ran = {node.partition("/")[0]: kernel.precision for kernel in engine.kernels() for node in kernel.nodes}
-    assert {ran[name] for name in again.smoothings - engine.kept_in_float.keys()} <= {"i8", "u8"}
+    assert {ran[name] for name in again.smoothings.keys() - engine.kept_in_float.keys()} <= {"i8", "u8"}
 
 
 def test_six_bit_activations_stay_on_their_grid(tiny):
