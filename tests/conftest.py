@@ -1,12 +1,19 @@
 """Fixtures: the tiny U-Net, its checkpoint, and a toy network for float64."""
 
 import importlib.util
+import os
 import sys
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
+import onnx_ir as ir
 import pytest
 import torch
+from accuquant.calibrate.trajectory import NOTHING
+from accuquant.export import build as building
+from accuquant.runtime.bundle import Bundle
+from filelock import FileLock
 from hypothesis import settings
 
 HERE = Path(__file__).parent
@@ -90,6 +97,27 @@ def _cache_of_its_own(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _networks_are_traced_once():
+    """The exporter takes most of a small export's time, and the same network becomes the same graph."""
+    trace, known = building.trace_float, {}
+
+    def trace_once(network, operators, sample_shape, condition=NOTHING):
+        inputs = [(name, value.shape[1:], value.dtype) for name, value in condition.items()]
+        digest = sha256(repr((str(network), list(operators), sample_shape, inputs)).encode())
+        for name, value in network.state_dict().items():
+            if ".inputs." not in name and ".weight_quantizer." not in name:  # what is learned is no part of the graph
+                digest.update(name.encode() + value.numpy(force=True).tobytes())
+        key = digest.digest()
+        if key not in known:
+            known[key] = ir.to_proto(trace(network, operators, sample_shape, condition))
+        return ir.from_proto(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "trace_float", trace_once)
+        yield
+
+
 @pytest.fixture
 def tiny_unet(tiny):
     """A U-Net of the ermongroup layout, 8x8, with seeded weights."""
@@ -103,9 +131,26 @@ def tiny_checkpoint(tiny, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny, tmp_path_factory):
+def once(tmp_path_factory):
+    """`once(name, make)`: the bundle that make(folder) leaves in folder/bundle, made by the first worker to need it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name, make):
+        folder = shared / name
+        with FileLock(shared / f"{name}.lock"):
+            if not (folder / "bundle").exists():
+                folder.mkdir(exist_ok=True)
+                make(folder)
+        return Bundle(folder / "bundle")
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny, once):
     """The tiny U-Net as a W4A8 bundle, made the way a user makes one (smoke preset)."""
-    return tiny.export(tmp_path_factory.mktemp("tiny"))
+    return once("tiny", tiny.export)
 
 
 @pytest.fixture(scope="session")
@@ -115,12 +160,12 @@ def text_model() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def class_bundle(tiny, tmp_path_factory):
+def class_bundle(tiny, once):
     """A guided, class-conditional DiT as a bundle; its checkpoint lies beside it."""
-    return tiny.export_classes(tmp_path_factory.mktemp("classes"))
+    return once("classes", tiny.export_classes)
 
 
 @pytest.fixture(scope="session")
-def text_bundle(text_model, tmp_path_factory):
+def text_bundle(text_model, once):
     """A guided, latent text-to-image model as a bundle."""
-    return text_model.export(tmp_path_factory.mktemp("text"))
+    return once("text", text_model.export)

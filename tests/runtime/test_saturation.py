@@ -25,13 +25,14 @@ def quantized(folder, largest):
     nodes = [
         *q("x", "a"),
         helper.make_node("DequantizeLinear", ["codes", "scale"], ["w"], axis=0),
-        helper.make_node("Conv", ["a", "w"], ["made"], "conv"),
+        helper.make_node("Conv", ["a", "w", "bias"], ["made"], "conv"),
         *q("made", "b"),
         helper.make_node("MatMul", ["b", "b"], ["squared"], "product"),
         helper.make_node("Relu", ["squared"], ["y"]),
     ]
     constants = {
         "codes": rng.choice(np.array([-largest, largest], np.int8), (CHANNELS, CHANNELS, 1, 1), p=(0.2, 0.8)),
+        "bias": np.zeros(CHANNELS, np.float32),
         "scale": np.full(CHANNELS, 0.01, np.float32),
         "a z": np.array(0, np.uint8),
         "b z": np.array(0, np.int8),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +85,23 @@ def test_places_count_captions_and_not_pictures():
     painted = real.mean(axis=0) + np.array([[1, 0], [0.2, 1.0], [1, 0.05]], np.float32)
     found = evaluate_emoji.places(painted, real, captions, ["apple", "heart", "rocket"])
     assert found.tolist() == [1, 1, 3]
+
+
+def test_a_deeper_denoiser_begins_as_the_one_it_was_made_from():
+    """With weights that are not zero anywhere else, so that a branch which counted would be seen."""
+    import train_emoji
+    from accuquant.calibrate.families.adm_unet import AdmUNet
+
+    generator = torch.Generator().manual_seed(0)
+    shallow, deep = (AdmUNet(replace(train_emoji.UNET, depth=depth)).eval() for depth in (1, 2))
+    for network in (shallow, deep):
+        for parameter in network.parameters():
+            parameter.data.normal_(0, 0.05, generator=generator)
+    held = shallow.state_dict()
+    deep.load_state_dict(train_emoji.deepened(held, deep))
+    x, t = torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([10.0, 900.0])
+    context = torch.randn(2, 12, 192, generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(deep(x, t, context=context), shallow(x, t, context=context))
+        assert not torch.equal(deep(x, t, context=context), deep(x, t, context=-context))
+    assert any(v.any() for k, v in deep.state_dict().items() if ".transformer_blocks.1.attn1.to_q" in k)
