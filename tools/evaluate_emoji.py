@@ -16,6 +16,7 @@ Out come emoji.json, and a sheet of the same prompts and seeds by every side.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ from accuquant.runtime.console import bar, command, console, machine_facts
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.fidelity import psnr, ssim
 from accuquant.runtime.files import atomic, write_text
+from accuquant.runtime.inspection import operator_precisions
 from accuquant.runtime.pictures import grid
 from accuquant.runtime.pipeline import Pipeline
 from efficientnet_lite import features
@@ -70,8 +72,10 @@ def among_real(known: np.ndarray, captions: list[str], styles: list[str]) -> dic
     return {**counted(found), "n": len(asked)}
 
 
-def paint(bundle: Bundle, network: NetworkName, prompts: list[str], show: Any, name: str) -> tuple[np.ndarray, str]:
-    """Pictures of seeds 0..n-1 under the prompts, and the engine that painted them."""
+def paint(
+    bundle: Bundle, network: NetworkName, prompts: list[str], show: Any, name: str
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Pictures of seeds 0..n-1 under the prompts; and the engine that painted them, with its operators by precision."""
     with Pipeline(bundle, network=network) as pipeline:
         steps = len(pipeline.plan)
         latents = pipeline.generate(
@@ -81,7 +85,9 @@ def paint(bundle: Bundle, network: NetworkName, prompts: list[str], show: Any, n
             ),
             prompts=prompts,
         )
-        return pipeline.pictures(latents), pipeline.engine.name
+        ran = Counter(operator_precisions(pipeline.engine, bundle.manifest.operators).values())
+        kept = Counter(pipeline.engine.kept_in_float.values())
+        return pipeline.pictures(latents), {"engine": pipeline.engine.name, "operators": ran, "kept_in_float": kept}
 
 
 def evaluate(
@@ -110,12 +116,12 @@ def evaluate(
     with bar() as show:
         real = features(pictures.transpose(0, 2, 3, 1), progress=lambda done, total: show("features", done, total, ""))
         for name, bundle, network in sides:
-            made, engine = paint(bundle, network, [*SHEET, *wanted], show, name)
+            made, ran = paint(bundle, network, [*SHEET, *wanted], show, name)
             with atomic(out / f"emoji-{name.lower()}.png") as part:
                 grid(made[: len(SHEET)], columns=8).save(part, format="PNG")
             painted[name] = made[len(SHEET) :]
             rows[name] = {
-                "engine": engine,
+                **ran,
                 "bytes": bundle.weight_bytes(network),
                 "caption": counted(places(features(painted[name]), real, captions, wanted)),
             }

@@ -183,14 +183,22 @@ def emoji_table(report: dict[str, Any]) -> str:
             f"| {name} | {row['bytes'] / 2**20:.2f} MiB | {close} | {of['first']:.1%} | {of['first_ten']:.1%} |"
         )
     real = report["real"]
+    ran = "; ".join(f"{side} {kernels(row)}" for side, row in report["sides"].items() if side != "fp32")
     caption = (
         f"n = {report['n']} captions, one seed each, guidance {report['guidance']:g}, {report['steps']} steps, on "
-        f"{report['sides']['fp32']['engine']}. Caption first, among ten: the caption's place when all "
-        f"{report['captions']} are ordered by how close their real pictures come to the painted one "
+        f"{report['sides']['fp32']['engine']}, whose kernels are: {ran}. "
+        "Caption first, among ten: the caption's place when all "
+        f"{report['captions']} captions are ordered by how close their real pictures come to the painted one "
         f"({report['features']}); real pictures of one style among those of the other reach {real['first']:.1%} and "
         f"{real['first_ten']:.1%} (n = {real['n']}). {machine(report['machine'])}."
     )
     return "\n".join([*lines, "", caption])
+
+
+def kernels(row: dict[str, Any]) -> str:
+    """How many operators ran in which precision, and why some are in float."""
+    ran = ", ".join(f"{count} {precision}" for precision, count in row["operators"].items())
+    return ran + "".join(f" ({count}: {why})" for why, count in row["kept_in_float"].items())
 
 
 def emoji_results() -> list[str]:
@@ -201,7 +209,7 @@ def emoji_results() -> list[str]:
     sides = list(report["sides"])
     said = {"fp32": "full precision"}
     return [
-        "| " + " | ".join(said.get(side, f"{side}, integer kernels") for side in sides) + " |",
+        "| " + " | ".join(said.get(side, side) for side in sides) + " |",
         "|" + "---|" * len(sides),
         "| " + " | ".join(f"![{side}](tools/results/emoji-{side.lower()}.png)" for side in sides) + " |",
         "",
