@@ -102,9 +102,7 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
     weights = dict(stored)
     for name in {"proj_out.weight", "proj_out.bias"} & weights.keys():
         weights[name] = without_variance(weights[name], channels, out, patch)
-    grid, scale = size // patch, network.pos_embed.interpolation_scale
-    positions = get_2d_sincos_pos_embed(network.inner_dim, grid, base_size=grid, interpolation_scale=scale)
-    network.pos_embed.pos_embed = positions.float()[None]
+    place(network, size // patch)
     fill(network, part, weights)
     if network.use_additional_conditions:
         _tell_size(network, pixels(folder, size))
@@ -125,6 +123,13 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
         conditioning=ByRows(shapes={"context": (None, width), "mask": (None,)}, guidance=GUIDANCE),
         decoder=decoder,
     )
+
+
+def place(network: Any, side: int) -> None:
+    """Compute the positions of a square of that many patches, which diffusers does as it builds the network."""
+    scale = network.pos_embed.interpolation_scale
+    positions = get_2d_sincos_pos_embed(network.inner_dim, side, base_size=side, interpolation_scale=scale)
+    network.pos_embed.pos_embed = positions.float()[None]
 
 
 @torch.no_grad()
