@@ -108,7 +108,7 @@ SHAPES: Mapping[str, Shape] = {
         pixart_xl2,
         (4, 64, 64),
         {"context": torch.zeros(1, 120, 4096), "mask": torch.ones(1, 120)},
-        pixart.role_of,
+        pixart.PLACES.role_of,
     ),
 }
 
