@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,18 @@ class Estimate:
 
     seconds: float
     bytes: int
+
+    def told(self, free: int) -> str:
+        """The two in words, and that `free` bytes of memory are less, if they are."""
+        short = f"; {free / 2**30:.1f} GiB are free, so it may not come to its end" if self.bytes > free else ""
+        return f"about {self.seconds / 60:.1f} min and {self.bytes / 2**30:.1f} GiB{short}"
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free where a calibration on that device runs."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def estimate(

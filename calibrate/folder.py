@@ -78,7 +78,14 @@ class Part:
     config: Mapping[str, Any]
 
     def weights(self) -> Shards:
-        return Shards(self.path)
+        """The weights, still on disk.
+
+        Raises:
+            AccuQuantError: no safetensors, a shard missing or damaged, or more of them than fit into free memory.
+        """
+        stored = Shards(self.path)
+        stored.check_memory()
+        return stored
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,12 @@ class Folder:
     def part(self, *kinds: str) -> Part | None:
         """The first of these classes."""
         return next((part for part in self.parts.values() if part.kind in kinds), None)
+
+    def of(self, kind: str) -> Part:
+        """The part of a class that the folder is known to hold."""
+        found = self.part(kind)
+        assert found is not None
+        return found
 
 
 def read_folder(path: Path) -> Folder:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..calibrate.cache import TrajectoryCache
 from ..calibrate.checkpoint import name_of
+from ..calibrate.estimate import free_memory
 from ..calibrate.guard import verdict
 from ..calibrate.lora import parse_lora
 from ..calibrate.scheme import POLICIES, QuantScheme, parse_precision
@@ -138,10 +139,8 @@ def export(
         f"{spec.iterations} iterations on groups of M = {spec.group} steps, {spec.gradient} gradient, "
         f"{spec.batch} of {spec.trajectories} trajectories each"
     )
-    console.print(
-        f"plan     {learning if prepared.operators else 'nothing to learn'}; "
-        f"about {cost.seconds / 60:.1f} min and {cost.bytes / 2**30:.1f} GiB"
-    )
+    told = cost.told(free_memory(request.device))
+    console.print(f"plan     {learning if prepared.operators else 'nothing to learn'}; {told}")
     with bar() as show:
         result = build(request, prepared, show)
     console.print(_summary(request, result))

@@ -84,6 +84,12 @@ def stable() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def folders() -> ModuleType:
+    """diffusers' transformers in small, as folders."""
+    return load_module("folders")
+
+
+@pytest.fixture(scope="session")
 def stand_in() -> ModuleType:
     """CUDA and TensorRT's classes for machines without a GPU."""
     return load_module("stand_in_gpu")

@@ -15,7 +15,8 @@ With --compile the quantized graph goes through TensorRT-RTX ahead of time, for 
 is that of the compiler's own process (Linux counts what starts it as well: never less than 0.4 GiB).
 
     python tools/bench_export.py --shape sd15 --bits 8/8,4/8 --compile sm89 --out tools/results/export-sizes.json
-    python tools/bench_export.py --shape ldm4-imagenet,dit-xl2,sd15,sdxl --bits 4/8 --calibrate --limit-gib 24
+    python tools/bench_export.py --shape sdxl,ldm4-imagenet,dit-xl2,pixart-xl2,sd15 --bits 4/8 --calibrate \
+        --limit-gib 16 --note "beside other work" --out tools/results/full-sizes.json
 
 Convolutions and linear layers are quantized, the first and last convolution stay in float. Attention products do as
 well: diffusers computes them inside torch's scaled_dot_product_attention, which is no module. Rows of an older --out of
@@ -93,10 +94,11 @@ def export_case(
 
     def stage(title: str, work: Callable[[], Any]) -> Any:
         forget_peak()
-        begun = time.perf_counter()
+        begun, computed = time.perf_counter(), time.process_time()
         result = work()
         stages[title] = {
-            "seconds": time.perf_counter() - begun, "peak_bytes": resident("VmHWM"), "held_bytes": resident("RssAnon"),
+            "seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - computed,
+            "peak_bytes": resident("VmHWM"), "held_bytes": resident("RssAnon"),
         }  # fmt: skip
         return result
 
@@ -131,6 +133,7 @@ def export_case(
         "quantized_parameters": sum(codes.numel() for codes in recipe.codes.values()),
         "stages": stages,
         "seconds": sum(s["seconds"] for s in stages.values()),
+        "cpu_seconds": sum(s["cpu_seconds"] for s in stages.values()),
         "peak_bytes": max(s["peak_bytes"] for s in stages.values()),
         "held_bytes": max(s["held_bytes"] for s in stages.values()),
         "files": {p.name: p.stat().st_size for p in sorted(folder.glob("*.onnx*"))},
@@ -193,6 +196,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="How long a compilation may take.")] = 3600,
     limit_gib: Annotated[float, typer.Option(help="Memory of a case that cannot be dropped; given up beyond it.")] = 20,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+    note: Annotated[str, typer.Option(help="What a reader must know of the machine, such as other work on it.")] = "",
     work: Annotated[Path, typer.Option(help="Where graphs are written, and removed again.")] = Path("build"),
     cell: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -214,6 +218,7 @@ def main(
         "threads": torch.get_num_threads(),
         "machine": machine_facts(),
         "versions": versions() | {"tensorrt-rtx": compiler_version()},
+        "note": note,
     }
     rows = kept_rows(out, report)
     work.mkdir(parents=True, exist_ok=True)

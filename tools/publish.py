@@ -92,6 +92,11 @@ def cost_table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", caption])
 
 
+def graph_bytes(row: dict[str, Any]) -> dict[str, int]:
+    """What each graph takes on disk, with its weights."""
+    return {kind: sum(v for k, v in row["files"].items() if k.startswith(kind)) for kind in ("twin", "denoiser")}
+
+
 def export_table(report: dict[str, Any]) -> str:
     """Memory, time and size of exports at real sizes, as markdown."""
     gib = 2**30
@@ -101,7 +106,7 @@ def export_table(report: dict[str, Any]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in report["rows"]:
-        files = {kind: sum(v for k, v in row["files"].items() if k.startswith(kind)) for kind in ("twin", "denoiser")}
+        files = graph_bytes(row)
         made = row.get("compiled") or {}
         told = ["-", "-", "-"]
         if "plan_bytes" in made:
@@ -117,6 +122,40 @@ def export_table(report: dict[str, Any]) -> str:
     caption = (
         f"Random weights, target tensorrt, {report['threads']} thread, beside other work; compiled ahead of time by "
         f"TensorRT-RTX {report['versions']['tensorrt-rtx']} for Ada, not run; {machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def full_size_table(report: dict[str, Any]) -> str:
+    """Memory and time of one iteration of calibration and of the export, at real sizes, as markdown."""
+    gib = 2**30
+    lines = [
+        "| shape | | parameters | operators | estimated | iteration, peak | CPU time | export, peak | CPU time "
+        "| fp32 graph | quantized |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in report["rows"]:
+        cells = [row["shape"], row["scheme"], "-", "-", f"{row['estimated_bytes'] / gib:.1f} GiB"]
+        if "files" in row:
+            stages = row["stages"]
+            learned = next(stage for title, stage in stages.items() if title.startswith("iteration"))
+            rest = [stage for stage in stages.values() if stage is not learned]
+            cells[2:4] = [f"{row['parameters'] / 1e6:.0f} M", str(sum(row["operators"].values()))]
+            for part in ([learned], rest):
+                cells.append(f"{max(s['peak_bytes'] for s in part) / gib:.2f} GiB")
+                cells.append(f"{sum(s['cpu_seconds'] for s in part):.0f} s")
+            cells += [f"{size / gib:.2f} GiB" for size in graph_bytes(row).values()]
+        elif "free_bytes" in row:
+            limit = min(report["limit_bytes"], row["free_bytes"])
+            cells += [f"not begun: more than {limit / gib:.1f} GiB", *["-"] * 5]
+        else:
+            cells += [f"given up beyond {row['beyond_bytes'] / gib:.1f} GiB", *["-"] * 5]
+        lines.append("| " + " | ".join(cells) + " |")
+    targets = ", ".join(dict.fromkeys(row["target"] for row in report["rows"]))
+    caption = (
+        f"Random weights, target {targets}; the iteration simulates M = 4 steps at batch 1 with the exact gradient; "
+        f"peaks of resident memory, mapped weights with it; {report['threads']} thread"
+        f"{', ' + report['note'] if report['note'] else ''}; {machine(report['machine'])}."
     )
     return "\n".join([*lines, "", caption])
 
@@ -263,6 +302,7 @@ def results_page() -> str:
     for heading, pattern, draw in (
         ("Other quantizers beside ours", "yardsticks*.json", yardstick_table),
         ("Export at real sizes", "export-sizes.json", export_table),
+        ("Calibration and export at real sizes", "full-sizes.json", full_size_table),
     ):
         found = sorted(RESULTS.glob(pattern))
         parts += [f"## {heading}", ""] if found else []

@@ -1,7 +1,7 @@
 """Denoisers in their published configurations, with random weights, for measuring what real sizes take.
 
-Stable Diffusion 1.5 and XL, LDM-4 on ImageNet, and DiT-XL/2. All but DiT are diffusers' networks in a thin coat, called
-as (x, t, **condition).
+Stable Diffusion 1.5 and XL, LDM-4 on ImageNet, DiT-XL/2, and PixArt-XL/2 for 512 pixels. All but DiT are diffusers'
+networks in a thin coat, called as (x, t, **condition).
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuquant.calibrate.families import dit
+from accuquant.calibrate.families import dit, pixart
 from accuquant.calibrate.families.dit_net import DiT, DitConfig
 from accuquant.calibrate.scheme import Role
 from torch import Tensor, nn
@@ -30,6 +30,16 @@ class TextUNet(nn.Module):
     ) -> Tensor:
         added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
         return self.unet(x, t, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)[0]
+
+
+def pixart_xl2() -> nn.Module:
+    """PixArtTransformer2DModel with the texts' projection, without the variance that it learns."""
+    from diffusers import PixArtTransformer2DModel
+
+    network = PixArtTransformer2DModel(sample_size=64, out_channels=4, caption_channels=4096)
+    with torch.device("cpu"):  # whatever the weights' device
+        pixart.place(network, 32)
+    return pixart.Told(network)
 
 
 def role_of(name: str) -> Role:
@@ -93,6 +103,12 @@ SHAPES: Mapping[str, Shape] = {
         (4, 32, 32),
         {"y": torch.zeros(1, dtype=torch.int64)},
         dit.role_of,
+    ),
+    "pixart-xl2": Shape(
+        pixart_xl2,
+        (4, 64, 64),
+        {"context": torch.zeros(1, 120, 4096), "mask": torch.ones(1, 120)},
+        pixart.PLACES.role_of,
     ),
 }
 

@@ -26,7 +26,7 @@ from ..model import DiffusionModel
 from . import dit
 from .autoencoder_kl import find_decoder
 from .dit_net import DitConfig
-from .from_diffusers import Sampling, check_settings, options, sampling, settings_of
+from .from_diffusers import Sampling, check_settings, holding, options, sampling, settings_of
 
 NAME = "diffusers' DiT folder"
 KIND = "DiTTransformer2DModel"
@@ -54,6 +54,7 @@ OUTSIDE = {
     "pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1",
     "proj_out_2": "final_layer.linear",
 }  # fmt: skip
+recognise = holding(KIND)
 
 
 class Choice(BaseModel):
@@ -64,11 +65,6 @@ class Choice(BaseModel):
     downscale_freq_shift: Literal[0, 1] = 1
 
 
-def recognise(stored: Any) -> Folder | None:
-    """The folder, if `stored` is one with such a transformer."""
-    return stored if isinstance(stored, Folder) and stored.part(KIND) is not None else None
-
-
 def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
     """Build the network that config.json describes and load the weights strictly.
 
@@ -76,12 +72,9 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
         AccuQuantError: settings that are not supported, blocks whose copies of the embedding differ, weights missing,
             left over or not finite, or too many for this machine's memory.
     """
-    part, choice = folder.part(KIND), options(config, Choice)
-    assert part is not None
+    part, choice = folder.of(KIND), options(config, Choice)
     shape = _shape(part, choice)
-    stored = part.weights()
-    stored.check_memory()
-    made = dit.assemble(_renamed(stored, shape, part), shape, part.path, NAME)
+    made = dit.assemble(_renamed(part.weights(), shape, part), shape, part.path, NAME)
     schedule = sampling(folder, USUAL)
     decoder, words = find_decoder(folder)
     spaced = "" if choice.downscale_freq_shift else ", frequencies as the authors space them"

@@ -11,7 +11,6 @@ attention's products stay in float. What the folder does not tell is a choice of
     guidance: 3.5   # what the dev model is told
 """
 
-import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,9 +23,8 @@ from ...runtime.bundle import ByRows
 from ...runtime.errors import AccuQuantError
 from ..folder import Folder
 from ..model import DiffusionModel
-from ..scheme import Role
-from .autoencoder_kl import find_decoder
-from .from_diffusers import Sampling, build_empty, check_settings, fill, flow_sampling, options, settings_of
+from .from_diffusers import Sampling, build_empty, check_settings, fill, flow_sampling, holding, options, settings_of
+from .text_rows import Places, assemble
 
 NAME = "diffusers' Flux folder"
 KIND = "FluxTransformer2DModel"
@@ -39,6 +37,12 @@ USUAL = Sampling(
     "flow-euler",
 )  # fmt: skip
 DISTILLED = Sampling({"num_train_timesteps": 1000, "shift": 1.0}, "flow-euler")
+PLACES = Places(
+    first="x_embedder",
+    time=r"time_text_embed\..+|(.+\.)?norm(|1|1_context|_out)\.linear",
+    block=r"(single_)?transformer_blocks\.\d+",
+)
+recognise = holding(KIND)
 
 
 class Choice(BaseModel):
@@ -97,11 +101,6 @@ class Packed(nn.Module):
         return cast(Tensor, whole.reshape(-1, channels, 2 * side, 2 * side))
 
 
-def recognise(stored: Any) -> Folder | None:
-    """The folder, if `stored` is one with such a transformer."""
-    return stored if isinstance(stored, Folder) and stored.part(KIND) is not None else None
-
-
 def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
     """Build the network that config.json describes and load the weights strictly.
 
@@ -109,8 +108,7 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
         AccuQuantError: settings that diffusers refuses or that are missing, a network for other than pictures, weights
             missing, left over or not finite, or too many for this machine's memory.
     """
-    part, choice = folder.part(KIND), options(config, Choice)
-    assert part is not None
+    part, choice = folder.of(KIND), options(config, Choice)
     check_settings(part, {"patch_size": 1})
     packed, width, pooled = settings_of(part, "in_channels", "joint_attention_dim", "pooled_projection_dim")
     out = part.config.get("out_channels") or packed
@@ -121,41 +119,13 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
         )
     told = bool(part.config.get("guidance_embeds"))
     network = build_empty(FluxTransformer2DModel, part)
-    stored = part.weights()
-    stored.check_memory()
-    fill(network, part, stored)
+    fill(network, part, part.weights())
     side, channels = choice.size // 2, packed // 4
     schedule = flow_sampling(folder, USUAL if told else DISTILLED, tokens=side * side, from_one=True)
-    decoder, words = find_decoder(folder)
-    millions = sum(p.numel() for p in network.parameters()) / 1e6
-    guided = f", guidance {choice.guidance:g} distilled" if told else ""
-    return DiffusionModel(
-        family="flux",
-        found=f"{NAME}, {millions:.2f} M parameters, latent {channels}x{choice.size}x{choice.size}{guided}, of texts "
-        f"given as rows, {words}",
-        network=Packed(network, side, choice.guidance).eval(),
-        sample_shape=(channels, choice.size, choice.size),
-        noise_schedule=schedule.noise_schedule,
-        role_of=role_of,
-        block_of=block_of,
-        default_sampler=schedule.sampler,
-        default_steps=STEPS if told else DISTILLED_STEPS,
-        conditioning=ByRows(shapes={"context": (None, width), "pooled": (pooled,)}),
-        decoder=decoder,
-    )
-
-
-def role_of(name: str) -> Role:
-    """Which part of the network an operator is, for the layer policy."""
-    if name == "transformer.x_embedder":
-        return "first"
-    if name == "transformer.proj_out":
-        return "last"
-    is_time = name.startswith("transformer.time_text_embed.") or re.search(r"\.norm(|1|1_context|_out)\.linear$", name)
-    return "time" if is_time else "body"
-
-
-def block_of(name: str) -> str:
-    """The transformer block an operator belongs to, or the operator itself."""
-    found = re.match(r"transformer\.(single_)?transformer_blocks\.\d+", name)
-    return found[0] if found else name
+    conditioning = ByRows(shapes={"context": (None, width), "pooled": (pooled,)})
+    return assemble(
+        folder, Packed(network, side, choice.guidance), schedule, PLACES, conditioning,
+        family="flux", name=NAME, sample_shape=(channels, choice.size, choice.size),
+        steps=STEPS if told else DISTILLED_STEPS,
+        told=f", guidance {choice.guidance:g} distilled" if told else "",
+    )  # fmt: skip

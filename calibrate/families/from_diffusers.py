@@ -5,7 +5,7 @@ own here, diffusers' class is built from config.json without memory and takes th
 and convolutions are quantized in place, its attention (scaled_dot_product_attention) stays in float.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,11 @@ class Sampling:
 
     noise_schedule: Mapping[str, Any]
     sampler: str
+
+
+def holding(kind: str) -> Callable[[Any], Folder | None]:
+    """A family's `recognise`: the folder, if what is stored is one with a network of that class."""
+    return lambda stored: stored if isinstance(stored, Folder) and stored.part(kind) is not None else None
 
 
 def sampling(folder: Folder, usual: Sampling) -> Sampling:

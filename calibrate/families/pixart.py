@@ -7,7 +7,6 @@ A learned variance is left out, as no sampler here reads it. Linear layers and t
 the attention's products stay in float.
 """
 
-import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +20,18 @@ from ...runtime.bundle import ByRows
 from ...runtime.errors import AccuQuantError
 from ..folder import Folder
 from ..model import DiffusionModel
-from ..scheme import Role
-from .autoencoder_kl import find_decoder
-from .from_diffusers import Sampling, build_empty, fill, options, pixels, sampling, settings_of, without_variance
+from .from_diffusers import (
+    Sampling,
+    build_empty,
+    fill,
+    holding,
+    options,
+    pixels,
+    sampling,
+    settings_of,
+    without_variance,
+)
+from .text_rows import Places, assemble
 
 NAME = "diffusers' PixArt folder"
 KIND = "PixArtTransformer2DModel"
@@ -35,6 +43,8 @@ USUAL = Sampling(
     },
     "dpm++2m",
 )  # fmt: skip
+PLACES = Places(first=r"pos_embed\.proj", time=r"adaln_single\..+")
+recognise = holding(KIND)
 
 
 class Choice(BaseModel):
@@ -74,11 +84,6 @@ class Told(nn.Module):
         return cast(Tensor, whole.reshape(-1, *x.shape[1:]))
 
 
-def recognise(stored: Any) -> Folder | None:
-    """The folder, if `stored` is one with such a transformer."""
-    return stored if isinstance(stored, Folder) and stored.part(KIND) is not None else None
-
-
 def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
     """Build the network that config.json describes and load the weights strictly.
 
@@ -86,8 +91,7 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
         AccuQuantError: settings that diffusers refuses or that are missing, weights missing, left over or not finite,
             or too many for this machine's memory.
     """
-    part = folder.part(KIND)
-    assert part is not None
+    part = folder.of(KIND)
     options(config, Choice)
     size, patch, channels, told = settings_of(part, "sample_size", "patch_size", "in_channels", "cross_attention_dim")
     out = part.config.get("out_channels") or channels
@@ -97,34 +101,26 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
             "twice as many are expected"
         )
     network: Any = build_empty(PixArtTransformer2DModel, part, out_channels=channels)
-    stored = part.weights()
-    stored.check_memory()
-    weights = dict(stored)
+    weights = dict(part.weights())
     for name in {"proj_out.weight", "proj_out.bias"} & weights.keys():
         weights[name] = without_variance(weights[name], channels, out, patch)
-    grid, scale = size // patch, network.pos_embed.interpolation_scale
-    positions = get_2d_sincos_pos_embed(network.inner_dim, grid, base_size=grid, interpolation_scale=scale)
-    network.pos_embed.pos_embed = positions.float()[None]
+    place(network, size // patch)
     fill(network, part, weights)
     if network.use_additional_conditions:
         _tell_size(network, pixels(folder, size))
     width = part.config.get("caption_channels") or told
-    schedule = sampling(folder, USUAL)
-    decoder, words = find_decoder(folder)
-    millions = sum(p.numel() for p in network.parameters()) / 1e6
-    return DiffusionModel(
-        family="pixart",
-        found=f"{NAME}, {millions:.2f} M parameters, latent {channels}x{size}x{size}, of texts given as rows, {words}",
-        network=Told(network).eval(),
-        sample_shape=(channels, size, size),
-        noise_schedule=schedule.noise_schedule,
-        role_of=role_of,
-        block_of=block_of,
-        default_sampler=schedule.sampler,
-        default_steps=STEPS,
-        conditioning=ByRows(shapes={"context": (None, width), "mask": (None,)}, guidance=GUIDANCE),
-        decoder=decoder,
-    )
+    conditioning = ByRows(shapes={"context": (None, width), "mask": (None,)}, guidance=GUIDANCE)
+    return assemble(
+        folder, Told(network), sampling(folder, USUAL), PLACES, conditioning,
+        family="pixart", name=NAME, sample_shape=(channels, size, size), steps=STEPS,
+    )  # fmt: skip
+
+
+def place(network: Any, side: int) -> None:
+    """Compute the positions of a square of that many patches, which diffusers does as it builds the network."""
+    scale = network.pos_embed.interpolation_scale
+    positions = get_2d_sincos_pos_embed(network.inner_dim, side, base_size=side, interpolation_scale=scale)
+    network.pos_embed.pos_embed = positions.float()[None]
 
 
 @torch.no_grad()
@@ -141,18 +137,3 @@ def _tell_size(network: Any, side: int) -> None:
     embedding.timestep_embedder.linear_2.bias += torch.cat(told)
     del embedding.resolution_embedder, embedding.aspect_ratio_embedder
     network.use_additional_conditions = embedding.use_additional_conditions = False
-
-
-def role_of(name: str) -> Role:
-    """Which part of the network an operator is, for the layer policy."""
-    if name == "transformer.pos_embed.proj":
-        return "first"
-    if name == "transformer.proj_out":
-        return "last"
-    return "time" if name.startswith("transformer.adaln_single.") else "body"
-
-
-def block_of(name: str) -> str:
-    """The transformer block an operator belongs to, or the operator itself."""
-    found = re.match(r"transformer\.transformer_blocks\.\d+", name)
-    return found[0] if found else name

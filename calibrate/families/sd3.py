@@ -8,7 +8,6 @@ quantized, the attention's products stay in float. A smaller picture than the fo
     size: 64        # height and width of the latent
 """
 
-import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,14 +19,15 @@ from ...runtime.bundle import ByRows
 from ...runtime.errors import AccuQuantError
 from ..folder import Folder
 from ..model import DiffusionModel
-from ..scheme import Role
-from .autoencoder_kl import find_decoder
-from .from_diffusers import Sampling, build_empty, fill, flow_sampling, options, settings_of
+from .from_diffusers import Sampling, build_empty, fill, flow_sampling, holding, options, settings_of
+from .text_rows import Places, assemble
 
 NAME = "diffusers' Stable Diffusion 3 folder"
 KIND = "SD3Transformer2DModel"
 GUIDANCE, STEPS = 7.0, 28  # of diffusers' pipeline
 USUAL = Sampling({"num_train_timesteps": 1000, "shift": 3.0}, "flow-euler")
+PLACES = Places(first=r"pos_embed\.proj", time=r"time_text_embed\..+|(.+\.)?norm(1|1_context|_out)\.linear")
+recognise = holding(KIND)
 
 
 class Choice(BaseModel):
@@ -52,11 +52,6 @@ class Told(nn.Module):
         return cast(Tensor, made[0])
 
 
-def recognise(stored: Any) -> Folder | None:
-    """The folder, if `stored` is one with such a transformer."""
-    return stored if isinstance(stored, Folder) and stored.part(KIND) is not None else None
-
-
 def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
     """Build the network that config.json describes and load the weights strictly.
 
@@ -64,8 +59,7 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
         AccuQuantError: settings that diffusers refuses or that are missing, a size that does not fit them, weights
             missing, left over or not finite, or too many for this machine's memory.
     """
-    part = folder.part(KIND)
-    assert part is not None
+    part = folder.of(KIND)
     size, patch, channels, width, pooled, positions = settings_of(
         part, "sample_size", "patch_size", "in_channels", "joint_attention_dim", "pooled_projection_dim",
         "pos_embed_max_size",
@@ -77,38 +71,10 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
             f"or more than {positions} of them on a side"
         )
     network = build_empty(SD3Transformer2DModel, part)
-    stored = part.weights()
-    stored.check_memory()
-    fill(network, part, stored)
+    fill(network, part, part.weights())
     schedule = flow_sampling(folder, USUAL, tokens=(size // patch) ** 2)
-    decoder, words = find_decoder(folder)
-    millions = sum(p.numel() for p in network.parameters()) / 1e6
-    return DiffusionModel(
-        family="sd3",
-        found=f"{NAME}, {millions:.2f} M parameters, latent {channels}x{size}x{size}, of texts given as rows, {words}",
-        network=Told(network).eval(),
-        sample_shape=(channels, size, size),
-        noise_schedule=schedule.noise_schedule,
-        role_of=role_of,
-        block_of=block_of,
-        default_sampler=schedule.sampler,
-        default_steps=STEPS,
-        conditioning=ByRows(shapes={"context": (None, width), "pooled": (pooled,)}, guidance=GUIDANCE),
-        decoder=decoder,
-    )
-
-
-def role_of(name: str) -> Role:
-    """Which part of the network an operator is, for the layer policy."""
-    if name == "transformer.pos_embed.proj":
-        return "first"
-    if name == "transformer.proj_out":
-        return "last"
-    is_time = name.startswith("transformer.time_text_embed.") or re.search(r"\.norm(1|1_context|_out)\.linear$", name)
-    return "time" if is_time else "body"
-
-
-def block_of(name: str) -> str:
-    """The transformer block an operator belongs to, or the operator itself."""
-    found = re.match(r"transformer\.transformer_blocks\.\d+", name)
-    return found[0] if found else name
+    conditioning = ByRows(shapes={"context": (None, width), "pooled": (pooled,)}, guidance=GUIDANCE)
+    return assemble(
+        folder, Told(network), schedule, PLACES, conditioning,
+        family="sd3", name=NAME, sample_shape=(channels, size, size), steps=STEPS,
+    )  # fmt: skip

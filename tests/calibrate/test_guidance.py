@@ -4,7 +4,7 @@ import pytest
 import torch
 from accuquant.calibrate.batches import Batches
 from accuquant.calibrate.carry import carry
-from accuquant.calibrate.estimate import estimate
+from accuquant.calibrate.estimate import Estimate, estimate
 from accuquant.calibrate.guidance import Guided
 from accuquant.calibrate.journal import Journal
 from accuquant.calibrate.layers import QuantizedOperator, quantize_operators
@@ -178,3 +178,10 @@ def test_the_estimate_counts_a_guided_call(tiny):
         weights = 6 * sum(p.numel() * p.element_size() for p in network.parameters())
         found.append(estimate(network, operators, plan, spec, tiny.SHAPE, labels(1)).bytes - weights)
     assert found[1] == pytest.approx(2 * found[0], rel=0.2)
+
+
+@pytest.mark.parametrize(("free", "short"), [(21, False), (20, True)])
+def test_memory_that_is_short_is_said_with_the_plan(free, short):
+    told = Estimate(seconds=90.0, bytes=int(20.5 * 2**30)).told(free * 2**30)
+    assert told.startswith("about 1.5 min and 20.5 GiB")
+    assert (f"{free}.0 GiB are free" in told) == short

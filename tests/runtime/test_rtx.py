@@ -17,6 +17,7 @@ from accuquant.calibrate.sensitivity import keep_sensitive
 from accuquant.calibrate.sharing import tabulate
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import simulate
+from accuquant.export.build import load
 from accuquant.export.graph import save_graph, trace_float
 from accuquant.export.lower import lower
 from accuquant.export.passes.cast_rest import cast_rest
@@ -76,10 +77,10 @@ def lowered(model, folder, graph=None, table=1, **scheme):
     plan = trace(model.default_sampler, model.noise_schedule, 4)
     if table > 1:
         tabulate(model.network, operators, plan, table)
-    teacher = simulate(model.network, plan, range(2), model.sample_shape)
+    teacher = simulate(model.network, plan, range(2), model.sample_shape, model.condition(range(2)))
     keep_sensitive(model.network, operators, plan, teacher, chosen.reserve)
     initialise(model.network, operators, plan, teacher, "min-max")
-    graph = graph or trace_float(model.network, operators, model.sample_shape)
+    graph = graph or trace_float(model.network, operators, model.sample_shape, model.condition([0]))
     graphs = lower(graph, freeze(operators, chosen, {}), "tensorrt")
     if chosen.rest != "float32":
         cast_rest(graphs[0], chosen.rest)
@@ -119,6 +120,17 @@ def test_the_bundled_model_is_whole_in_integers_and_small_in_memory(rtx, bits, m
         assert compiled.precisions(operators) == dict.fromkeys(operators, "Int8"), gpu
         assert compiled.weights_bytes <= most * whole
         assert (tmp_path / "plan").stat().st_size > compiled.weights_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux"])
+def test_transformers_of_diffusers_are_whole_in_integers(rtx, name, folders, formula, tmp_path):
+    """Both streams of a joint attention, and under the policy that leaves nothing in float: the ends too."""
+    scheme = {"weight_bits": 8, "activation_bits": 8, "policy": "integer"}
+    model = load(folders.request(name, tmp_path, formula, QuantScheme(target="tensorrt", **scheme)))[0]
+    graph, _, operators = lowered(model, tmp_path, **scheme)
+    compiled = compile_plan(CompileRequest(graph, "sm89"))
+    assert compiled.precisions(operators) == dict.fromkeys(operators, "Int8")
 
 
 @pytest.mark.parametrize("rest", ["float32", "float16"])

@@ -7,10 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuquant.calibrate.families import load_model
-from accuquant.calibrate.model import quantize
-from accuquant.calibrate.scheme import QuantScheme
 from accuquant.calibrate.trace import trace
-from accuquant.export.graph import operator_nodes, trace_float
 from accuquant.runtime.errors import AccuQuantError
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from safetensors.torch import save_file
@@ -88,25 +85,6 @@ def test_the_schnell_model_takes_four_steps_that_are_not_shifted(saved):
     _, model, _ = saved(False)
     plan = trace(model.default_sampler, model.noise_schedule, model.default_steps)
     assert [step.timestep for step in plan.steps] == [1000.0, 750.0, 500.0, 250.0]
-
-
-def test_every_operator_reaches_the_graph_which_computes_the_same(saved, tiny, formula, tmp_path):
-    _, model, _ = saved(True)
-    operators = quantize(model, QuantScheme(weight_bits=4, activation_bits=8, policy="integer"))
-    roles = {name: operator.role for name, operator in operators.items()}
-    assert roles["transformer.x_embedder"] == "first"
-    assert roles["transformer.proj_out"] == "last"
-    assert roles["transformer.single_transformer_blocks.0.proj_out"] == "body"
-    assert roles["transformer.single_transformer_blocks.0.norm.linear"] == "time"
-    assert (
-        model.block_of("transformer.single_transformer_blocks.0.proj_mlp") == "transformer.single_transformer_blocks.0"
-    )
-    graph = trace_float(model.network, operators, model.sample_shape, model.condition([0]))
-    assert operators.keys() <= operator_nodes(graph).keys()
-    given = {"x": formula.formula_input((3, 4, 8, 8)), "t": torch.tensor([617.0, 40.0, 3.0])}
-    given |= model.condition([0, 1, 0])
-    made = tiny.on_onnxruntime(graph, tmp_path / "g.onnx", given)
-    torch.testing.assert_close(made, model.network(**given), rtol=0, atol=1e-4)
 
 
 def test_the_size_of_dev():

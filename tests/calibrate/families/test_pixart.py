@@ -7,12 +7,9 @@ import numpy as np
 import pytest
 import torch
 from accuquant.calibrate.families import load_model
-from accuquant.calibrate.model import quantize
 from accuquant.calibrate.scheme import QuantScheme
-from accuquant.calibrate.spec import PRESETS, CalibrationSpec
 from accuquant.calibrate.trajectory import simulate
-from accuquant.export.build import Request, build, prepare
-from accuquant.export.graph import operator_nodes, trace_float
+from accuquant.export.build import build, prepare
 from accuquant.runtime import cli_sample
 from accuquant.runtime.bundle import Bundle, ByRows
 from accuquant.runtime.errors import AccuQuantError
@@ -82,21 +79,6 @@ def test_seeds_have_rows_and_guidance_leads_away_from_the_empty_one(saved, formu
         torch.testing.assert_close(model.guided(3.0)(x, t, **one), free + 3 * (wanted - free), rtol=1e-4, atol=1e-5)
 
 
-def test_every_operator_reaches_the_graph_which_computes_the_same(saved, tiny, formula, tmp_path):
-    """Told of sizes, which are constant and leave no operators of their own."""
-    _, model, _ = saved(use_additional_conditions=True)
-    operators = quantize(model, QuantScheme(weight_bits=4, activation_bits=8, policy="integer"))
-    assert len(operators) == 2 * 10 + 4 + 3  # attention twice and the MLP; ends and captions; time
-    assert {operators[f"transformer.{name}"].role for name in ("pos_embed.proj", "proj_out")} == {"first", "last"}
-    assert model.block_of("transformer.transformer_blocks.1.attn2.to_k") == "transformer.transformer_blocks.1"
-    graph = trace_float(model.network, operators, model.sample_shape, model.condition([0]))
-    assert operators.keys() <= operator_nodes(graph).keys()
-    given = {"x": formula.formula_input((3, 4, 8, 8)), "t": torch.tensor([617.0, 40.0, 3.0])}
-    given |= model.condition([0, 1, 0])
-    made = tiny.on_onnxruntime(graph, tmp_path / "g.onnx", given)
-    torch.testing.assert_close(made, model.network(**given), rtol=0, atol=1e-4)
-
-
 def test_without_rows_it_says_what_to_give(saved, tmp_path):
     saved()
     with pytest.raises(AccuQuantError, match=r"--conditions that holds context \(n, any, 16\), mask \(n, any\), and"):
@@ -112,21 +94,12 @@ def test_the_size_of_alpha():
 
 
 @pytest.fixture(scope="module")
-def made(formula, tmp_path_factory):
-    """A calibrated bundle of one block, its model, and the file of rows."""
-    folder = tmp_path_factory.mktemp("pixart")
-    network = transformer(formula, num_layers=1)
-    with torch.no_grad():
-        network.proj_out.weight.mul_(0.3)  # untrained and guided, it would make latents without bound
-    network.save_pretrained(folder / "pixart")
-    path, _ = rows(formula, folder / "rows.safetensors")
-    request = Request(
-        checkpoint=folder / "pixart", conditions=path, out=folder / "bundle",
-        scheme=QuantScheme(weight_bits=8, activation_bits=8),
-        spec=CalibrationSpec(**PRESETS["smoke"] | {"iterations": 1, "trajectories": 4, "held_out": 2}),
-        sampler="ddim", steps=3, pictures=2, guidance=2.0,
-    )  # fmt: skip
-    return build(request, prepare(request), lambda *_: None).bundle, load_model(folder / "pixart", None, path), path
+def made(folders, formula, tmp_path_factory):
+    """A bundle that was calibrated once, its model, and the file of rows."""
+    folder, scheme = tmp_path_factory.mktemp("pixart"), QuantScheme(weight_bits=8, activation_bits=8)
+    request = folders.request("pixart", folder, formula, scheme, sampler="ddim", guidance=2.0)
+    bundle = build(request, prepare(request), lambda *_: None).bundle
+    return bundle, load_model(request.checkpoint, None, request.conditions), request.conditions
 
 
 def test_the_twin_on_the_engine_is_torch_under_the_same_rows(made):

@@ -6,10 +6,7 @@ import json
 import pytest
 import torch
 from accuquant.calibrate.families import load_model
-from accuquant.calibrate.model import quantize
-from accuquant.calibrate.scheme import QuantScheme
 from accuquant.calibrate.trace import trace
-from accuquant.export.graph import operator_nodes, trace_float
 from accuquant.runtime.bundle import ByRows
 from accuquant.runtime.errors import AccuQuantError
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -84,22 +81,6 @@ def test_the_plan_is_the_folders_scheduler(saved):
     assert plan.prediction_type == "flow_prediction"
     with pytest.raises(AccuQuantError, match="does not fit what this model predicts, a flow"):
         trace("ddim", model.noise_schedule, 7)
-
-
-def test_every_operator_reaches_the_graph_which_computes_the_same(saved, tiny, formula, tmp_path):
-    _, model, _ = saved()
-    operators = quantize(model, QuantScheme(weight_bits=4, activation_bits=8, policy="integer"))
-    roles = {name: operator.role for name, operator in operators.items()}
-    assert roles["transformer.pos_embed.proj"] == "first"
-    assert roles["transformer.proj_out"] == "last"
-    assert roles["transformer.norm_out.linear"] == roles["transformer.transformer_blocks.0.norm1.linear"] == "time"
-    assert roles["transformer.transformer_blocks.0.attn.add_q_proj"] == "body"
-    graph = trace_float(model.network, operators, model.sample_shape, model.condition([0]))
-    assert operators.keys() <= operator_nodes(graph).keys()
-    given = {"x": formula.formula_input((3, 4, 8, 8)), "t": torch.tensor([617.0, 40.0, 3.0])}
-    given |= model.condition([0, 1, 0])
-    made = tiny.on_onnxruntime(graph, tmp_path / "g.onnx", given)
-    torch.testing.assert_close(made, model.network(**given), rtol=0, atol=1e-4)
 
 
 def test_the_size_of_medium():

@@ -1,0 +1,73 @@
+"""diffusers' transformers that take texts as rows of a file: what PixArt, Stable Diffusion 3 and Flux have in common.
+
+A family puts diffusers' network, as `transformer`, into a coat that takes (x, t, **rows), and says where its operators
+stand; everything else of the model comes from the folder.
+"""
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from ...runtime.bundle import ByRows
+from ..folder import Folder
+from ..model import DiffusionModel
+from ..scheme import Role
+from .autoencoder_kl import find_decoder
+from .from_diffusers import Sampling
+
+
+@dataclass(frozen=True)
+class Places:
+    """Patterns of operators' names inside `transformer`: the two ends, what knows no latent, and the blocks."""
+
+    first: str
+    time: str
+    last: str = "proj_out"
+    block: str = r"transformer_blocks\.\d+"
+
+    def role_of(self, name: str) -> Role:
+        """Which part of the network an operator is, for the layer policy."""
+        roles: dict[Role, str] = {"first": self.first, "last": self.last, "time": self.time}
+        return next((role for role, names in roles.items() if re.fullmatch(rf"transformer\.({names})", name)), "body")
+
+    def block_of(self, name: str) -> str:
+        """The transformer block an operator belongs to, or the operator itself."""
+        found = re.match(rf"transformer\.({self.block})", name)
+        return found[0] if found else name
+
+
+def assemble(
+    folder: Folder,
+    network: nn.Module,
+    schedule: Sampling,
+    places: Places,
+    conditioning: ByRows,
+    *,
+    family: str,
+    name: str,
+    sample_shape: tuple[int, int, int],
+    steps: int,
+    told: str = "",
+) -> DiffusionModel:
+    """The model of a filled network in its coat, with the folder's decoder; `told` is what else the network is told.
+
+    Raises:
+        AccuQuantError: the decoder's weights are missing, left over or not finite.
+    """
+    decoder, words = find_decoder(folder)
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    latent = "x".join(map(str, sample_shape))
+    return DiffusionModel(
+        family=family,
+        found=f"{name}, {millions:.2f} M parameters, latent {latent}{told}, of texts given as rows, {words}",
+        network=network.eval(),
+        sample_shape=sample_shape,
+        noise_schedule=schedule.noise_schedule,
+        role_of=places.role_of,
+        block_of=places.block_of,
+        default_sampler=schedule.sampler,
+        default_steps=steps,
+        conditioning=conditioning,
+        decoder=decoder,
+    )
