@@ -19,7 +19,7 @@ STATE = {"1": clip_text.HUGGING_FACE, "2": clip_text.OPEN_CLIP}
 @pytest.fixture
 def build(monkeypatch):
     """Golden encoders have a small vocabulary, whose tokenizer is not what is tested."""
-    monkeypatch.setattr(clip_text, "_tokenizer", lambda *_: "")
+    monkeypatch.setattr(clip_text, "find_tokenizer", lambda *_: "")
     return lambda state: clip_text.load(state, Path("model.ckpt")).network
 
 
