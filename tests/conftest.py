@@ -77,6 +77,12 @@ def stable() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def stable_xl() -> ModuleType:
+    """A small Stable Diffusion XL, as a folder and in one file."""
+    return load_module("stable_xl")
+
+
+@pytest.fixture(scope="session")
 def stand_in() -> ModuleType:
     """CUDA and TensorRT's classes for machines without a GPU."""
     return load_module("stand_in_gpu")

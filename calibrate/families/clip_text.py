@@ -188,7 +188,7 @@ def _told_by_width(weights: dict[str, Tensor], path: Path) -> tuple[dict[str, Te
     if len(layers) not in (OPEN_CLIP_LAYERS - 1, OPEN_CLIP_LAYERS):
         raise AccuQuantError(
             f"{path}: its text encoder is {OPEN_CLIP_WIDTH} wide, as Stable Diffusion 2's, and has {len(layers)} "
-            f"layers in transformers' layout, not {OPEN_CLIP_LAYERS - 1} or {OPEN_CLIP_LAYERS}; which of them are to be "
+            f"layers in transformers' layout, not {OPEN_CLIP_LAYERS - 1} or {OPEN_CLIP_LAYERS}; which of them are "
             "run stands in no key: export a folder of diffusers, whose settings say it"
         )
     last = f"encoder.layers.{OPEN_CLIP_LAYERS - 1}."
