@@ -1,13 +1,15 @@
 """Stable Diffusion XL: what diffusers and transformers compute, from a folder and from one file; what is refused."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import torch
-from accuquant.calibrate.families import load_model, sd_folder
+from accuquant.calibrate.families import ldm, load_model, sd_folder, sdxl
 from accuquant.calibrate.families.adm_unet import AdmUNet
 from accuquant.calibrate.folder import Part
 from accuquant.calibrate.lora import Lora, with_loras
@@ -16,16 +18,14 @@ from accuquant.calibrate.spec import PRESETS, CalibrationSpec
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import simulate
 from accuquant.export.build import Request, build, prepare
-from accuquant.export.companions import save_companions
 from accuquant.runtime import cli_sample
-from accuquant.runtime.engines.base import EngineOptions
-from accuquant.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.noise import batch
 from accuquant.runtime.pipeline import Pipeline
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
+UNET, FIRST, SECOND = ldm.UNET, sdxl.FIRST, sdxl.SECOND
 TOLD = {"original_size": [24, 40], "crop": [3, 7], "target_size": [16, 32]}  # no two alike
 TEXTS = ("a b", "", "d c a b d c a b a a")  # one of them too long
 
@@ -103,6 +103,12 @@ def test_the_network_is_diffusers_own_told_six_sizes_in_their_order(saved, formu
         assert (made - diffusers_output(networks["unet"], formula, swapped)).abs().max() > 1e-3
 
 
+def sample(model, steps, prompt="a b"):
+    condition = dict(zip(("context", "pooled"), model.text([prompt]), strict=True))
+    plan = trace("euler", model.noise_schedule, steps)
+    return simulate(model.guided(5.0), plan, [3], model.sample_shape, condition)
+
+
 def test_one_file_is_the_folder(model, alone, formula):
     assert alone.sample_shape == model.sample_shape == (4, 8, 8)
     assert alone.conditioning == model.conditioning
@@ -133,12 +139,9 @@ def test_samples_are_those_of_diffusers_pipeline(zeros, saved, model, tmp_path):
     theirs = pipe(
         "a b", num_inference_steps=3, guidance_scale=5.0, latents=start, height=16, width=16, output_type="latent"
     ).images
-    condition = dict(zip(("context", "pooled"), ours.text(["a b"]), strict=True))
-    run = simulate(ours.guided(5.0), trace("euler", ours.noise_schedule, 3), [3], (4, 8, 8), condition)
-    error = (run.states[-1] - theirs).abs().max() / theirs.abs().max()
-    assert error < 1e-3
-    other = simulate(model.guided(5.0), trace("euler", ours.noise_schedule, 3), [3], (4, 8, 8), condition)
-    assert zeros or (other.states[-1] - theirs).abs().max() / theirs.abs().max() > 3e-3
+    size = theirs.abs().max()
+    assert (sample(ours, 3).states[-1] - theirs).abs().max() / size < 1e-3
+    assert zeros or (sample(model, 3).states[-1] - theirs).abs().max() / size > 3e-3
 
 
 def test_what_the_folder_says_of_the_absent_prompt_holds(saved, model):
@@ -153,18 +156,6 @@ def test_what_the_folder_says_of_the_absent_prompt_holds(saved, model):
         index.write_text(before)
     assert not other.conditioning.zeros_for_none
     assert "guided against the empty text" in other.found
-
-
-def test_both_encoders_are_one_graph_without_layers_that_never_run(model, stable_xl, tmp_path):
-    save_companions(model, tmp_path)
-    engine = OnnxRuntimeEngine(tmp_path / "text_encoder.onnx", EngineOptions(1))
-    context, pooled = engine.run_all({"tokens": stable_xl.tokens(6, "a b").numpy()})
-    for mine, theirs in zip((context, pooled), model.text(["a b"]), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4)
-    first = model.text.network.first
-    unused = sum(p.numel() for part in (first.encoder["layers"][-1], first.final_layer_norm) for p in part.parameters())
-    used = sum(p.numel() for p in model.text.network.parameters()) - unused
-    assert (tmp_path / "text_encoder.onnx").stat().st_size < 4 * (used + unused / 2)
 
 
 def test_the_published_network_has_its_size(tmp_path):
@@ -188,20 +179,17 @@ def test_the_published_network_has_its_size(tmp_path):
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        ("lora_unet_output_blocks_2_1_transformer_blocks_1_attn2_to_v", "network.unet.output_blocks.2.1.transformer_blocks.1.attn2.to_v"),
-        ("lora_te1_text_model_encoder_layers_2_mlp_fc1", "text.network.first.encoder.layers.2.mlp.fc1"),
-        ("lora_te2_text_model_encoder_layers_2_mlp_fc1", "text.network.second.encoder.layers.2.mlp.fc1"),
-        ("unet.add_embedding.linear_1", "network.unet.label_emb.0.0"),
-        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "text.network.first.encoder.layers.0.self_attn.q_proj"),
-        ("text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj", "text.network.second.encoder.layers.0.self_attn.q_proj"),
+        ("lora_unet_output_blocks_1_1_transformer_blocks_1_attn2_to_v",
+         "unet.output_blocks.1.1.transformer_blocks.1.attn2.to_v"),
+        ("unet.add_embedding.linear_1", "unet.label_emb.0.0"),
+        ("lora_te1_text_model_encoder_layers_2_mlp_fc1", "first.encoder.layers.2.mlp.fc1"),
+        ("lora_te2_text_model_encoder_layers_2_mlp_fc1", "second.encoder.layers.2.mlp.fc1"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc2", "first.encoder.layers.0.mlp.fc2"),
+        ("text_encoder_2.text_model.encoder.layers.0.mlp.fc2", "second.encoder.layers.0.mlp.fc2"),
     ],
 )  # fmt: skip
 def test_loras_reach_every_part(name, place, model, tmp_path):
-    parts = {"network": model.network, "text": model.text}
-    head, _, rest = place.partition(".")
-    module = parts[head]
-    for step in rest.split("."):
-        module = getattr(module, step) if hasattr(module, step) else module[step]
+    module = (model.network if place.startswith("unet") else model.text.network).get_submodule(place)
     before = module.weight.clone()
     down, up = ("lora_down", "lora_up") if name.startswith("lora_") else ("lora_A", "lora_B")
     made = {f"{name}.{down}.weight": torch.ones(2, before.shape[1]), f"{name}.{up}.weight": torch.ones(len(before), 2)}
@@ -217,21 +205,21 @@ def test_loras_reach_every_part(name, place, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("name", "value", "words"),
     [
-        (lambda s: s.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, 9, 3, 3)}), "an inpainting model"),
-        (lambda s: s.update({"v_pred": torch.zeros(1)}), "it predicts v; save it as a folder with diffusers"),
-        (lambda s: s.update({"edm_mean": torch.zeros(1)}), "of the EDM kind (Playground 2.5)"),
-        (lambda s: s.update({"conditioner.embedders.0.model.x": torch.zeros(1)}), "XL's refiner"),
-        (lambda s: s.pop("conditioner.embedders.1.model.token_embedding.weight"), "it has no conditioner.embedders.1.model.token"),
-        (lambda s: s.pop("conditioner.embedders.1.model.text_projection"), "text_projection is missing"),
-        (lambda s: s.pop("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias"), "final_layer_norm.bias is missing"),
-        (lambda s: s.update({"model.diffusion_model.label_emb.0.0.weight": torch.zeros(256, 93)}), "a vector of 93"),
+        (f"{UNET}input_blocks.0.0.weight", torch.zeros(64, 9, 3, 3), "an inpainting model"),
+        (f"{UNET}label_emb.0.0.weight", torch.zeros(256, 93), "a vector of 93"),
+        ("v_pred", torch.zeros(1), "it predicts v; save it as a folder with diffusers"),
+        ("edm_mean", torch.zeros(1), "of the EDM kind (Playground 2.5)"),
+        ("conditioner.embedders.0.model.x", torch.zeros(1), "XL's refiner"),
+        (f"{SECOND}token_embedding.weight", None, f"it has no {SECOND}token_embedding.weight"),
+        (f"{SECOND}text_projection", None, f"{SECOND}text_projection is missing"),
+        (f"{FIRST}text_model.final_layer_norm.bias", None, "final_layer_norm.bias is missing"),
     ],
-)  # fmt: skip
-def test_other_files_are_refused_by_name(change, words, state, stable_xl, tmp_path):
-    changed = dict(state)
-    change(changed)
+)
+def test_other_files_are_refused_by_name(name, value, words, state, stable_xl, tmp_path):
+    """`value` stands in the place of a tensor, or none does."""
+    changed = {key: tensor for key, tensor in (state | {name: value}).items() if tensor is not None}
     with pytest.raises(AccuQuantError) as error:
         load_model(stable_xl.save_single(tmp_path, changed))
     assert words in str(error.value)
@@ -278,14 +266,17 @@ def test_prompts_become_pictures_on_the_engine(state, stable_xl, tmp_path, monke
     )  # fmt: skip
     bundle = build(asked, prepare(asked), lambda *_: None).bundle
     assert bundle.manifest.conditioning.zeros_for_none
+    weights = [math.prod(tensor.dims) for tensor in onnx.load(bundle.graph("text_encoder")).graph.initializer]
     model = load_model(path)
-    condition = dict(zip(("context", "pooled"), model.text(["d a"]), strict=True))
-    run = simulate(model.guided(5.0), bundle.plan, [5], (4, 8, 8), condition)
+    expected = sample(model, 4, "d a").states[-1].numpy()
     with Pipeline(bundle, network="twin", batch=1) as pipeline:
-        made = pipeline.generate([5], prompts=["d a"])
-        assert np.abs(made - run.states[-1].numpy()).max() / run.states[-1].abs().max() < 1e-3
-        away = pipeline.generate([5], prompts=["d a"], unwanted="c")
+        made = pipeline.generate([3], prompts=["d a"])
+        assert np.abs(made - expected).max() / np.abs(expected).max() < 1e-3
+        away = pipeline.generate([3], prompts=["d a"], unwanted="c")
     assert np.abs(away - made).max() > 1e-2
+    never = [model.text.network.first.encoder["layers"][-1], model.text.network.first.final_layer_norm]
+    unused = sum(p.numel() for part in never for p in part.parameters())
+    assert sum(weights) < sum(p.numel() for p in model.text.network.parameters()) - unused / 2
     monkeypatch.setattr(
         sys,
         "argv",
