@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -25,6 +26,7 @@ from accuquant.runtime.pipeline import Pipeline
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
+GOLDEN = json.loads((Path(__file__).parent / "golden_sdxl.json").read_text())
 UNET, FIRST, SECOND = ldm.UNET, sdxl.FIRST, sdxl.SECOND
 TOLD = {"original_size": [24, 40], "crop": [3, 7], "target_size": [16, 32]}  # no two alike
 TEXTS = ("a b", "", "d c a b d c a b a a")  # one of them too long
@@ -101,6 +103,23 @@ def test_the_network_is_diffusers_own_told_six_sizes_in_their_order(saved, formu
     np.testing.assert_allclose(made, diffusers_output(networks["unet"], formula, sizes), rtol=0, atol=1e-4)
     for swapped in ([40, 24, 3, 7, 16, 32], [24, 40, 7, 3, 16, 32], [16, 32, 3, 7, 24, 40]):
         assert (made - diffusers_output(networks["unet"], formula, swapped)).abs().max() > 1e-3
+
+
+def test_agrees_with_the_authors_code(state, formula, stable_xl, tmp_path):
+    """Of the original's own names and order of sizes; the first encoder is transformers' there too."""
+    unet, text = (
+        formula.formula_weights({name: torch.empty(shape) for name, shape in GOLDEN[part]["state"].items()})
+        for part in ("unet", "text")
+    )
+    text = {key: 20 * value if key.endswith("c_fc.bias") else value for key, value in text.items()}
+    rest = {key: value for key, value in state.items() if not key.startswith((UNET, SECOND))}
+    model = load_model(stable_xl.save_single(tmp_path, rest | unet | text, **GOLDEN["sizes"]))
+    made = network_output(model, formula).flatten()[::3]
+    np.testing.assert_allclose(made, GOLDEN["unet"]["output"], rtol=0, atol=1e-4)
+    with torch.no_grad():
+        context, pooled = model.text.network(torch.tensor(GOLDEN["text"]["tokens"]))
+    np.testing.assert_allclose(context[..., 64:].flatten()[::7], GOLDEN["text"]["context"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(pooled.flatten(), GOLDEN["text"]["pooled"], rtol=0, atol=1e-4)
 
 
 def sample(model, steps, prompt="a b"):
