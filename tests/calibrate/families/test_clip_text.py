@@ -109,7 +109,7 @@ def test_version_2_in_the_layout_of_version_1_is_known_by_its_width(whole, retur
 
 def test_another_number_of_layers_of_that_width_is_refused(returned, monkeypatch):
     monkeypatch.setattr(clip_text, "OPEN_CLIP_LAYERS", 24)
-    with pytest.raises(AccuQuantError, match="128 wide, as Stable Diffusion 2's, and has 3 layers .* not 23 or 24"):
+    with pytest.raises(AccuQuantError, match=r"128 wide, as Stable Diffusion 2's, and has 3 layers .* not 23 or 24"):
         clip_text.load(returned[0](True), Path("model.ckpt"))
 
 
