@@ -7,7 +7,7 @@ file or in the shards that an index lists. Pickled weights (.bin) are not read.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Folder:
-    """The parts by their name in model_index.json; a network alone is called by its folder's name."""
+    """The parts by their name in model_index.json; a network alone is called by its folder's name.
+
+    `settings` are the pipeline's own, what model_index.json holds beside its parts.
+    """
 
     path: Path
     parts: Mapping[str, Part]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def part(self, *kinds: str) -> Part | None:
         """The first of these classes."""
@@ -119,7 +123,8 @@ def read_folder(path: Path) -> Folder:
         if wrong:
             raise AccuQuantError(f"{path}: model_index.json names {wrong[0]!r}, which is not a folder of it")
         found = {name: _part(path / name, kind) for name, kind in named.items()}
-        return Folder(path, {name: part for name, part in found.items() if part is not None})
+        own = {name: value for name, value in index.items() if not isinstance(value, list)}
+        return Folder(path, {name: part for name, part in found.items() if part is not None}, own)
     alone = _part(path, "")
     if alone is None:
         raise AccuQuantError(

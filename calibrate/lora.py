@@ -25,6 +25,7 @@ METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
 # PEFT's settings that change the sum above, and the value under which they do not.
 PLAIN: Mapping[str, object] = {"alpha_pattern": {}, "rank_pattern": {}, "use_rslora": False, "use_dora": False}
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+PARTS = ("unet", "text_encoder_2", "text_encoder")  # a longer name before its beginning
 SHOWN = 5  # names in a message
 
 
@@ -113,18 +114,19 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Callable[[str], float]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise AccuQuantError(f"{path} is not a readable LoRA; a .safetensors file is expected ({error})") from error
     scales = {}
-    for part in ("unet", "text_encoder"):
+    for part in PARTS:
         odd = [name for name, plain in PLAIN.items() if (said.get(f"{part}.{name}") or plain) != plain]
         if odd:
             raise AccuQuantError(f"{path}: its {part} was trained with {odd[0]}, which is not supported")
         alpha, rank = said.get(f"{part}.lora_alpha"), said.get(f"{part}.r")
         scales[part] = alpha / rank if alpha and rank else 1.0
-    return tensors, lambda layer: scales["text_encoder" if layer.startswith("text_encoder") else "unet"]
+    return tensors, lambda layer: scales[next(part for part in PARTS if layer.startswith(part))]
 
 
 def _layer_and_part(key: str) -> tuple[str, str | None]:
     """The layer as diffusers names it (of kohya's as it stands there), and what of it the key holds."""
     name = re.sub(r"^lora_te1?_", "text_encoder_", re.sub(r"^lora_unet_", "unet_", key))
+    name = re.sub(r"^lora_te2_", "text_encoder_2_", name)
     name = re.sub(r"^base_model\.model\.", "", name).replace(".processor.", ".")
     if not name.startswith(("unet", "text_encoder")):
         name = f"text_encoder.{name}" if name.startswith("text_model.") else f"unet.{name}"

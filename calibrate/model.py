@@ -125,7 +125,8 @@ class DiffusionModel:
         if isinstance(known, ByClass):
             return {known.input: torch.tensor([known.null])}
         if isinstance(known, ByText):
-            return self._encoded(known, [""])
+            rows = self._encoded(known, [""])
+            return {name: torch.zeros_like(row) for name, row in rows.items()} if known.zeros_for_none else rows
         assert self.rows is not None
         return {name: torch.from_numpy(value[None]) for name, value in self.rows.empty.items()}
 

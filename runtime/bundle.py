@@ -82,6 +82,7 @@ class ByText(BaseModel):
     """A network that takes what a text encoder makes of a text, under one or several names; the empty text is none.
 
     Each is float32 (B, ...), in the order of the encoder's outputs: (B, tokens, width), say, and pooled (B, width).
+    With `zeros_for_none` guidance holds against zeros, not against the encoded empty text, where nothing is unwanted.
     `examples` are what it is sampled under where nobody chose: the prompts of calibration and of the report.
     """
 
@@ -91,6 +92,7 @@ class ByText(BaseModel):
     inputs: tuple[str, ...] = Field(default=("context",), min_length=1)
     examples: tuple[str, ...] = Field(min_length=1)
     guidance: float = 1.0
+    zeros_for_none: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -112,7 +112,10 @@ class Prompts(Conditions):
         return rows
 
     def free(self, unwanted: str = "") -> Mapping[str, np.ndarray]:
-        return {name: rows[0] for name, rows in self.rows([unwanted]).items()}
+        rows = {name: rows[0] for name, rows in self.rows([unwanted]).items()}
+        if unwanted or not self._known.zeros_for_none:
+            return rows
+        return {name: np.zeros_like(row) for name, row in rows.items()}
 
     def close(self) -> None:
         self._encoder.close()

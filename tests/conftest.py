@@ -89,6 +89,11 @@ def folders() -> ModuleType:
     return load_module("folders")
 
 
+def stable_xl() -> ModuleType:
+    """A small Stable Diffusion XL, as a folder and in one file."""
+    return load_module("stable_xl")
+
+
 @pytest.fixture(scope="session")
 def stand_in() -> ModuleType:
     """CUDA and TensorRT's classes for machines without a GPU."""

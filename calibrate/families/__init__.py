@@ -13,7 +13,7 @@ from ..checkpoint import read_checkpoint
 from ..folder import Folder
 from ..model import DiffusionModel
 from ..unpickle import Foreign
-from . import adm, consistency, ddim, diffusers_dit, dit, flux, ldm, pixart, sd3, sd_folder
+from . import adm, consistency, ddim, diffusers_dit, dit, flux, ldm, pixart, sd3, sd_folder, sdxl, sdxl_folder
 
 
 class Family(Protocol):
@@ -24,7 +24,10 @@ class Family(Protocol):
     def load(self, state: Any, path: Path, config: Path | None) -> DiffusionModel: ...
 
 
-FAMILIES: tuple[Family, ...] = (ddim, adm, dit, ldm, consistency, diffusers_dit, pixart, sd3, flux, sd_folder)
+# Of two that know the same keys, the more particular one comes first.
+FAMILIES: tuple[Family, ...] = (
+    ddim, adm, dit, sdxl, ldm, consistency, diffusers_dit, pixart, sd3, flux, sdxl_folder, sd_folder,
+)  # fmt: skip
 
 
 def load_model(path: Path, config: Path | None = None, conditions: Path | None = None) -> DiffusionModel:

@@ -140,7 +140,7 @@ def role_of(name: str) -> Role:
         return "first"
     if name == "out.2":
         return "last"
-    if name.startswith("time_embed.") or ".emb_layers." in name:
+    if name.startswith(("time_embed.", "label_emb.")) or ".emb_layers." in name:
         return "time"
     return "attention" if name.endswith((".qk", ".av")) else "body"
 

@@ -28,7 +28,8 @@ class AdmConfig:
     """Shape of the network. `attention` holds levels, counted from full resolution; heads have `head_channels` each.
 
     `heads` fixes the number of heads instead, at every level. With a `context` of that width, attention is a spatial
-    transformer of `depth` blocks (spatial_transformer.py), as latent diffusion has it.
+    transformer of `depth` blocks (spatial_transformer.py), as latent diffusion has it: one number, or one for each
+    level, the last of which is the middle's. With a `vector` of that width an MLP takes the place of classes.
     """
 
     in_channels: int
@@ -42,8 +43,9 @@ class AdmConfig:
     resblock_updown: bool = True
     scale_shift_norm: bool = True
     classes: int | None = None
+    vector: int | None = None
     context: int | None = None
-    depth: int = 1
+    depth: int | tuple[int, ...] = 1
     linear_projection: bool = False
 
     def width(self, level: int) -> int:
@@ -51,6 +53,9 @@ class AdmConfig:
 
     def heads_of(self, channels: int) -> int:
         return self.heads or channels // self.head_channels
+
+    def depth_of(self, level: int) -> int:
+        return self.depth if isinstance(self.depth, int) else self.depth[level]
 
 
 def timestep_embedding(t: Tensor, dim: int, shift: int = 0) -> Tensor:
@@ -158,7 +163,8 @@ class Stage(nn.ModuleList):
 class AdmUNet(nn.Module):
     """The denoiser: x (B, in_channels, H, W) float32, t (B,) float32 to (B, out_channels, H, W).
 
-    With `classes` also y (B,) int64, whose embedding is added to the timestep's; with a context that, (B, T, width).
+    With `classes` also y (B,) int64, with a `vector` y (B, vector) float32, whose embedding is added to the timestep's;
+    with a context that, (B, T, width).
     """
 
     def __init__(self, config: AdmConfig) -> None:
@@ -167,16 +173,21 @@ class AdmUNet(nn.Module):
         temb, levels = 4 * config.model_channels, len(config.channel_mult)
         self.time_embed = nn.Sequential(nn.Linear(config.model_channels, temb), nn.SiLU(), nn.Linear(temb, temb))
         if config.classes is not None:
-            self.label_emb = nn.Embedding(config.classes, temb)
+            self.label_emb: nn.Module = nn.Embedding(config.classes, temb)
+        elif config.vector is not None:
+            inner = nn.Sequential(nn.Linear(config.vector, temb), nn.SiLU(), nn.Linear(temb, temb))
+            self.label_emb = nn.Sequential(inner)  # the original nests it
 
         def block(channels_in: int, channels_out: int, factor: float | None = None) -> ResBlock:
             return ResBlock(channels_in, channels_out, temb, config.scale_shift_norm, factor)
 
-        def attend(channels: int) -> nn.Module:
+        def attend(level: int) -> nn.Module:
+            channels = config.width(level)
             heads = config.heads_of(channels)
             if config.context is None:
                 return Attention(channels, heads)
-            return SpatialTransformer(channels, config.context, heads, config.depth, config.linear_projection)
+            depth = config.depth_of(level)
+            return SpatialTransformer(channels, config.context, heads, depth, config.linear_projection)
 
         h = config.width(0)
         self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(config.in_channels, h, 3, padding=1)])])
@@ -186,14 +197,14 @@ class AdmUNet(nn.Module):
                 stage = Stage([block(h, config.width(level))])
                 h = config.width(level)
                 if level in config.attention:
-                    stage.append(attend(h))
+                    stage.append(attend(level))
                 self.input_blocks.append(stage)
                 skips.append(h)
             if level < levels - 1:
                 self.input_blocks.append(Stage([block(h, h, 0.5) if config.resblock_updown else Downsample(h)]))
                 skips.append(h)
 
-        self.middle_block = Stage([block(h, h), attend(h), block(h, h)])
+        self.middle_block = Stage([block(h, h), attend(levels - 1), block(h, h)])
 
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(levels)):
@@ -201,7 +212,7 @@ class AdmUNet(nn.Module):
                 stage = Stage([block(h + skips.pop(), config.width(level))])
                 h = config.width(level)
                 if level in config.attention:
-                    stage.append(attend(h))
+                    stage.append(attend(level))
                 if level and i == config.num_res_blocks:
                     stage.append(block(h, h, 2.0) if config.resblock_updown else Upsample(h))
                 self.output_blocks.append(stage)

@@ -3,8 +3,9 @@
     h = token[i] + position;   h + attn(norm h);   h + fc2(act(fc1(norm h)));   ...;   norm h
 
 Attention is causal, in heads of 64 channels. What no key tells: Stable Diffusion 1 has GELU's sigmoid approximation
-and every layer; Stable Diffusion 2 has GELU itself, and the last of its layers is never run. Modules are named as in
-transformers.
+and every layer; Stable Diffusion 2 has GELU itself, and the last of its layers is never run. Files of version 2 that
+came back from diffusers hold OpenCLIP's encoder in transformers' layout, with or without that layer: it is known by its
+width, which no encoder of version 1 has. Modules are named as in transformers.
 """
 
 import re
@@ -24,6 +25,7 @@ from . import clip_tokenizer, tokenizer_file
 
 HUGGING_FACE, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 HEAD_CHANNELS = 64
+OPEN_CLIP_WIDTH, OPEN_CLIP_LAYERS = 1024, 24  # of Stable Diffusion 2's ViT-H/14
 GUIDANCE = 7.5  # of the original's text-to-image script
 # Known and not needed: what compares texts with pictures, and constants that some versions kept as weights.
 LEFT_OUT = ("text_projection", "text_projection.weight", "logit_scale", "embeddings.position_ids", "attn_mask")
@@ -107,11 +109,15 @@ class ClipText(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.width, config.epsilon)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        return cast(Tensor, self.final_layer_norm(self.hidden(tokens)[1]))
+
+    def hidden(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last layer reads and what it makes of that, without the final norm."""
         position = cast(nn.Embedding, self.embeddings["position_embedding"]).weight
-        x = self.embeddings["token_embedding"](tokens) + position
+        x = before = self.embeddings["token_embedding"](tokens) + position
         for layer in cast(nn.ModuleList, self.encoder["layers"]):
-            x = layer(x)
-        return cast(Tensor, self.final_layer_norm(x))
+            before, x = x, layer(x)
+        return before, x
 
 
 def recognise(state: Mapping[str, Tensor]) -> bool:
@@ -126,24 +132,20 @@ def load(state: Mapping[str, Tensor], path: Path) -> TextEncoder:
         AccuQuantError: another vocabulary without its tokenizer, or weights missing, left over or not finite.
     """
     first = _token_embedding(state)
-    newer = first is not None and first.startswith(OPEN_CLIP)
-    weights = from_open_clip(_inside(state, OPEN_CLIP), path) if newer else _inside(state, HUGGING_FACE)
-    return build(weights, path, approximate=not newer, padding="!" if newer else clip_tokenizer.END)
+    if first is not None and first.startswith(OPEN_CLIP):
+        weights, newer = from_open_clip(inside(state, OPEN_CLIP), path), True
+    else:
+        weights, newer = _told_by_width(inside(state, HUGGING_FACE), path)
+    network = build_network(weights, path, approximate=not newer)
+    return TextEncoder(network, find_tokenizer(path, network.config, "!" if newer else clip_tokenizer.END))
 
 
-def build(
-    weights: Mapping[str, Tensor],
-    path: Path,
-    *,
-    approximate: bool,
-    padding: str = clip_tokenizer.END,
-    heads: int | None = None,
-    epsilon: float = 1e-5,
-    tokenizer: str | None = None,
-) -> TextEncoder:
-    """The encoder of weights under transformers' names, without `text_model.`; see `load`."""
-    tokens, width = weights["embeddings.token_embedding.weight"].shape
+def build_network(
+    weights: Mapping[str, Tensor], path: Path, *, approximate: bool, heads: int | None = None, epsilon: float = 1e-5
+) -> ClipText:
+    """The network of weights under transformers' names, without `text_model.`; see `load`."""
     try:
+        tokens, width = weights["embeddings.token_embedding.weight"].shape
         length = len(weights["embeddings.position_embedding.weight"])
         hidden = len(weights["encoder.layers.0.mlp.fc1.weight"])
     except KeyError as error:
@@ -155,17 +157,17 @@ def build(
     with torch.device("meta"):
         network = ClipText(ClipTextConfig(tokens, length, width, hidden, depth, heads, approximate, epsilon))
     load_weights(network, weights, path)
-    return TextEncoder(network.eval().requires_grad_(False), tokenizer or _tokenizer(path, network, padding))
+    return network.eval().requires_grad_(False)
 
 
-def from_open_clip(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """OpenCLIP's weights under transformers' names, without the last layer."""
+def from_open_clip(weights: Mapping[str, Tensor], path: Path, *, whole: bool = False) -> dict[str, Tensor]:
+    """OpenCLIP's weights under transformers' names, without the last layer unless the `whole` is wanted."""
     layers = {int(found[1]) for key in weights if (found := re.match(r"transformer\.resblocks\.(\d+)\.", key))}
     if len(layers) < 2:
         raise AccuQuantError(f"{path}: its text encoder has {len(layers)} layers; the last but one is what is read")
     renamed: dict[str, Tensor] = {}
     for key, value in weights.items():
-        if key.startswith(f"transformer.resblocks.{max(layers)}."):
+        if key.startswith(f"transformer.resblocks.{max(layers)}.") and not whole:
             continue
         name = key
         for pattern, replacement in FROM_OPEN_CLIP:
@@ -176,6 +178,21 @@ def from_open_clip(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
         else:
             renamed[name] = value
     return renamed
+
+
+def _told_by_width(weights: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The layers of an encoder in transformers' layout that are run, and whether it is OpenCLIP's."""
+    if weights["embeddings.token_embedding.weight"].shape[1] != OPEN_CLIP_WIDTH:
+        return weights, False
+    layers = {int(found[1]) for key in weights if (found := re.match(r"encoder\.layers\.(\d+)\.", key))}
+    if len(layers) not in (OPEN_CLIP_LAYERS - 1, OPEN_CLIP_LAYERS):
+        raise AccuQuantError(
+            f"{path}: its text encoder is {OPEN_CLIP_WIDTH} wide, as Stable Diffusion 2's, and has {len(layers)} "
+            f"layers in transformers' layout, not {OPEN_CLIP_LAYERS - 1} or {OPEN_CLIP_LAYERS}; which of them are "
+            "run stands in no key: export a folder of diffusers, whose settings say it"
+        )
+    last = f"encoder.layers.{OPEN_CLIP_LAYERS - 1}."
+    return {key: value for key, value in weights.items() if not key.startswith(last)}, True
 
 
 def _token_embedding(state: Mapping[str, Tensor]) -> str | None:
@@ -193,12 +210,18 @@ def own_names(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in named.items() if key not in LEFT_OUT}
 
 
-def _inside(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def inside(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What a file holds of an encoder behind `prefix`."""
     return own_names({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
 
 
-def _tokenizer(path: Path, network: ClipText, padding: str) -> str:
-    config, beside = network.config, tokenizer_file.beside(path)
+def find_tokenizer(path: Path, config: ClipTextConfig, padding: str) -> str:
+    """The one beside the file, else CLIP's.
+
+    Raises:
+        AccuQuantError: another vocabulary without its tokenizer.
+    """
+    beside = tokenizer_file.beside(path)
     if beside.exists():
         return tokenizer_file.read_tokenizer(beside, config.length, config.tokens)
     merges = clip_tokenizer.published_merges()

@@ -90,7 +90,7 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
         AccuQuantError: no configuration, one that contradicts the keys, a condition that nothing in the file makes, a
             text encoder without its tokenizer, or weights missing, left over or not finite.
     """
-    unet, averaged = _unet(state)
+    unet, averaged = unet_weights(state)
     _refuse_others(state, unet, path)
     shape = adm.shape_from_keys(unet, path)
     context = next((v.shape[1] for k, v in unet.items() if k.endswith("transformer_blocks.0.attn2.to_k.weight")), None)
@@ -151,34 +151,40 @@ def adaptable(network: nn.Module, text: TextEncoder | None) -> dict[str, nn.Modu
     """The layers that a LoRA may change, under their names here and in diffusers."""
     if text is None:
         return {}
-    unet = cast(AdmUNet, network.unet)
+    layers = adaptable_unet(cast(AdmUNet, network.unet))
+    return layers | (adaptable_text(text.network) if isinstance(text.network, clip_text.ClipText) else {})
+
+
+def adaptable_unet(unet: AdmUNet) -> dict[str, nn.Module]:
     config = unet.config
     names = unet_names(len(config.channel_mult), config.num_res_blocks, config.attention)
     layers: dict[str, nn.Module] = {
         f"unet.{k}": m for k, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)
     }
-    layers |= {f"unet.{renamed(k.removeprefix('unet.'), names)}": m for k, m in layers.items()}
-    if isinstance(text.network, clip_text.ClipText):
-        for name, module in text.network.named_modules():
-            if isinstance(module, nn.Linear):
-                layers[f"text_encoder.text_model.{name}"] = layers[f"text_encoder.{name}"] = module
-    return layers
+    return layers | {f"unet.{renamed(k.removeprefix('unet.'), names)}": m for k, m in layers.items()}
+
+
+def adaptable_text(encoder: nn.Module, called: str = "text_encoder") -> dict[str, nn.Module]:
+    layers = {name: module for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
+    return {f"{called}.{inside}{name}": m for name, m in layers.items() for inside in ("", "text_model.")}
 
 
 def _refuse_others(state: Mapping[str, Tensor], unet: Mapping[str, Tensor], path: Path) -> None:
     """Models of these keys that this family does not know, by their names."""
-    if any(key.startswith("conditioner.embedders.") for key in state):
-        raise AccuQuantError(f"{path}: Stable Diffusion XL is not supported yet; Stable Diffusion 1 and 2 are")
     if "label_emb.0.0.weight" in unet:
         raise AccuQuantError(
-            f"{path}: a U-Net with pooled text or picture embeddings (label_emb: Stable Diffusion XL, unCLIP) is not "
-            "supported yet"
+            f"{path}: a U-Net with pooled embeddings (label_emb): of pictures, as unCLIP's, is not supported; Stable "
+            "Diffusion XL is, in a whole file that holds its text encoders (conditioner.embedders)"
         )
-    channels, out = unet["input_blocks.0.0.weight"].shape[1], len(unet["out.2.weight"])
+    check_channels(unet["input_blocks.0.0.weight"].shape[1], len(unet["out.2.weight"]), path)
+
+
+def check_channels(channels: int, out: int, where: Path) -> None:
+    """Raises AccuQuantError if a U-Net is given more than the latent that it predicts."""
     if out != channels:
         what = f": {GIVEN_MORE[channels]}" if channels in GIVEN_MORE else ""
         raise AccuQuantError(
-            f"{path}: {channels} channels in and {out} out{what}; models given a picture besides are not supported"
+            f"{where}: {channels} channels in and {out} out{what}; models given a picture besides are not supported"
         )
 
 
@@ -229,7 +235,7 @@ def _conditioned(
     )
 
 
-def _unet(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+def unet_weights(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
     """The denoiser's weights under its own names, and whether they are the averaged ones."""
     plain = {k.removeprefix(UNET): v for k, v in state.items() if k.startswith(UNET)}
     averaged = {k: EMA + f"diffusion_model.{k}".replace(".", "") for k in plain}

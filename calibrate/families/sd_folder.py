@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 from tokenizers import Tokenizer as Library
+from torch import Tensor
 
 from ...runtime.bundle import ByText
 from ...runtime.errors import AccuQuantError
@@ -24,7 +25,7 @@ from .adm_unet import AdmConfig, AdmUNet
 from .autoencoder_kl import find_decoder
 from .diffusers_names import renamed, unet_names
 from .from_diffusers import Sampling, check_settings, options, sampling, settings_of
-from .ldm import GIVEN_MORE, ByContext, adaptable, block_of, role_of
+from .ldm import ByContext, adaptable, block_of, check_channels, role_of
 from .ldm_facts import PROMPTS
 
 NAME = "Stable Diffusion folder of diffusers"
@@ -70,16 +71,14 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
     """
     part, text_part = folder.part(UNET), folder.part(TEXT)
     assert part is not None
-    made = _shape(part)
+    made = unet_config(part)
     chosen = options(config, Options)
     if text_part is None:
         raise AccuQuantError(f"{path} holds no text encoder ({TEXT}); the whole pipeline's folder is expected")
     with torch.device("meta"):
         network = ByContext(AdmUNet(made))
-    ours = {v: k for k, v in unet_names(len(made.channel_mult), made.num_res_blocks, made.attention).items()}
-    stored = part.weights()
-    load_weights(network, {f"unet.{renamed(key, ours) or key}": stored[key] for key in stored}, part.path)
-    text = _text(text_part, path)
+    load_weights(network, unet_weights(part, made), part.path)
+    text = TextEncoder(text_network(text_part), read_tokenizer(path / "tokenizer", text_length(text_part)))
     schedule = sampling(folder, USUAL)
     decoder, remark = find_decoder(folder)
     (size,) = settings_of(part, "sample_size")
@@ -102,20 +101,21 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
     )
 
 
-def _shape(part: Part) -> AdmConfig:
-    """The network that config.json describes."""
+def unet_weights(part: Part, made: AdmConfig) -> dict[str, Tensor]:
+    """Under the names of a network that keeps its U-Net as `unet`."""
+    ours = {v: k for k, v in unet_names(len(made.channel_mult), made.num_res_blocks, made.attention).items()}
+    stored = part.weights()
+    return {f"unet.{renamed(key, ours) or key}": stored[key] for key in stored}
+
+
+def unet_config(part: Part, same: Mapping[str, object] = SAME) -> AdmConfig:
+    """The network that config.json describes; `same` has settings of which one value is supported."""
     where = part.path / "config.json"
-    if part.config.get("addition_embed_type") == "text_time":
-        raise AccuQuantError(f"{where}: Stable Diffusion XL is not supported yet; Stable Diffusion 1 and 2 are")
-    check_settings(part, SAME)
+    check_settings(part, same)
     channels, out, blocks, context = settings_of(
         part, "in_channels", "out_channels", "layers_per_block", "cross_attention_dim"
     )
-    if channels != out:
-        what = f": {GIVEN_MORE[channels]}" if channels in GIVEN_MORE else ""
-        raise AccuQuantError(
-            f"{where}: {channels} channels in and {out} out{what}; models given a picture besides are not supported"
-        )
+    check_channels(channels, out, where)
     widths = part.config["block_out_channels"]
     down, up = part.config["down_block_types"], part.config["up_block_types"]
     unknown = [kind for kind in (*down, *up) if kind not in BLOCKS]
@@ -132,6 +132,12 @@ def _shape(part: Part) -> AdmConfig:
     wide = {width // count for width, count in zip(widths, per_level, strict=False)}
     if not fits or (len(set(per_level)) > 1 and len(wide) > 1):
         raise AccuQuantError(f"{where}: {per_level} heads of levels {widths} wide; as many or as wide ones are known")
+    depth = part.config.get("transformer_layers_per_block", 1)
+    if not isinstance(depth, int) and [type(blocks) for blocks in depth] != [int] * len(widths):
+        raise AccuQuantError(
+            f"{where}: transformer_layers_per_block is {depth}; a number is expected, or one for each of "
+            f"{len(widths)} levels"
+        )
     return AdmConfig(
         in_channels=channels,
         out_channels=channels,
@@ -144,30 +150,33 @@ def _shape(part: Part) -> AdmConfig:
         resblock_updown=False,
         scale_shift_norm=False,
         context=context,
-        depth=part.config.get("transformer_layers_per_block", 1),
+        depth=depth if isinstance(depth, int) else tuple(depth),
         linear_projection=part.config.get("use_linear_projection", False),
     )
 
 
-def _text(part: Part, path: Path) -> TextEncoder:
+def text_length(part: Part) -> int:
+    return settings_of(part, "max_position_embeddings")[0]
+
+
+def text_network(part: Part) -> clip_text.ClipText:
+    """The text encoder of config.json and the weights beside it."""
     activation = part.config.get("hidden_act", "quick_gelu")
     if activation not in APPROXIMATE:
         raise AccuQuantError(
             f"{part.path / 'config.json'}: hidden_act is {activation!r}; known: {', '.join(APPROXIMATE)}"
         )
-    heads, length = settings_of(part, "num_attention_heads", "max_position_embeddings")
     stored = part.weights()
-    return clip_text.build(
+    return clip_text.build_network(
         clip_text.own_names({key: stored[key] for key in stored}),
         part.path,
         approximate=APPROXIMATE[activation],
-        heads=heads,
+        heads=settings_of(part, "num_attention_heads")[0],
         epsilon=part.config.get("layer_norm_eps", 1e-5),
-        tokenizer=_tokenizer(path / "tokenizer", length),
     )
 
 
-def _tokenizer(folder: Path, length: int) -> str:
+def read_tokenizer(folder: Path, length: int) -> str:
     """As transformers saved it, made to pad and truncate to `length`."""
     try:
         said: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from accuquant.export import build as building
 from accuquant.export import companions
 from accuquant.runtime import cli_sample
 from accuquant.runtime.bundle import Bundle
+from accuquant.runtime.conditions import Prompts, open_conditions
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.pictures import to_uint8
 from accuquant.runtime.pipeline import Pipeline
@@ -57,6 +58,20 @@ def test_a_negative_prompt_takes_the_place_of_none(bundle):
     assert np.abs(away - plain).max() > 0.01
     with Pipeline(bundle, batch=1, guidance=1.0) as pipeline, pytest.raises(AccuQuantError, match="through guidance"):
         pipeline.generate([3], unwanted="blue")
+
+
+def test_zeros_may_stand_for_none(bundle):
+    """But not for the empty text where it is a prompt, nor for what is unwanted."""
+    known = bundle.manifest.conditioning.model_copy(update={"zeros_for_none": True})
+    zeros, plain = Prompts(bundle, known, "onnxruntime", 1), open_conditions(bundle, "onnxruntime", 1)
+    for name, row in zeros.free().items():
+        assert row.shape == plain.free()[name].shape
+        assert not row.any()
+        assert plain.free()[name].any()
+        np.testing.assert_array_equal(zeros.free("red")[name], plain.free("red")[name])
+        np.testing.assert_array_equal(zeros.rows([""])[name], plain.rows([""])[name])
+    zeros.close()
+    plain.close()
 
 
 def test_guidance_and_negative_prompts_of_strangers_in_a_batch_change_no_picture(bundle):

@@ -19,7 +19,7 @@ STATE = {"1": clip_text.HUGGING_FACE, "2": clip_text.OPEN_CLIP}
 @pytest.fixture
 def build(monkeypatch):
     """Golden encoders have a small vocabulary, whose tokenizer is not what is tested."""
-    monkeypatch.setattr(clip_text, "_tokenizer", lambda *_: "")
+    monkeypatch.setattr(clip_text, "find_tokenizer", lambda *_: "")
     return lambda state: clip_text.load(state, Path("model.ckpt")).network
 
 
@@ -80,6 +80,37 @@ def test_the_last_layer_is_the_one_left_out(formula, build):
     for name in [k for k in state if k.startswith(f"{last}2.")]:
         longer[name.replace(f"{last}2.", f"{last}3.")] = state[name]
     assert np.abs(output(build(longer), "2") - TEXTS["2"]["output"]).max() > 1e-2
+
+
+@pytest.fixture
+def returned(formula, monkeypatch):
+    """Version 2's encoder as it came back from diffusers, and the paddings that were asked for."""
+    monkeypatch.setattr(clip_text, "OPEN_CLIP_WIDTH", 128)
+    monkeypatch.setattr(clip_text, "OPEN_CLIP_LAYERS", 3)
+    asked = []
+    monkeypatch.setattr(clip_text, "find_tokenizer", lambda *given: asked.append(given[2]) or "")
+
+    def made(whole):
+        inside = clip_text.inside(weights(formula, "2"), clip_text.OPEN_CLIP)
+        renamed = clip_text.from_open_clip(inside, Path("model.ckpt"), whole=whole)
+        return {f"{clip_text.HUGGING_FACE}text_model.{key}": value for key, value in renamed.items()}
+
+    return made, asked
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_version_2_in_the_layout_of_version_1_is_known_by_its_width(whole, returned):
+    """With the layer that is never run or without it: GELU itself, filled up with "!"."""
+    made, asked = returned
+    network = clip_text.load(made(whole), Path("model.ckpt")).network
+    np.testing.assert_allclose(output(network, "2"), TEXTS["2"]["output"], rtol=0, atol=1e-4)
+    assert asked == ["!"]
+
+
+def test_another_number_of_layers_of_that_width_is_refused(returned, monkeypatch):
+    monkeypatch.setattr(clip_text, "OPEN_CLIP_LAYERS", 24)
+    with pytest.raises(AccuQuantError, match=r"128 wide, as Stable Diffusion 2's, and has 3 layers .* not 23 or 24"):
+        clip_text.load(returned[0](True), Path("model.ckpt"))
 
 
 @pytest.mark.parametrize("version", TEXTS)

@@ -151,10 +151,9 @@ def more_channels(state, channels):
         (lambda s: more_channels(s, 9), "9 channels in and 4 out: an inpainting model"),
         (lambda s: more_channels(s, 5), "5 channels in and 4 out: a depth-to-image model"),
         (lambda s: more_channels(s, 6), "6 channels in and 4 out; models given a picture"),
-        (lambda s: s.update({f"{ldm.UNET}label_emb.0.0.weight": torch.zeros(1)}), "label_emb: Stable Diffusion XL"),
         (
-            lambda s: s.update({"conditioner.embedders.0.transformer.text_model.x": torch.zeros(1)}),
-            "Stable Diffusion XL is not supported yet",
+            lambda s: s.update({f"{ldm.UNET}label_emb.0.0.weight": torch.zeros(1)}),
+            "(label_emb): of pictures, as unCLIP's, is not supported",
         ),
         (
             lambda s: s.pop("cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias"),

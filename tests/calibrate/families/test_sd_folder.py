@@ -137,7 +137,8 @@ def test_prompts_come_from_a_yaml(make, tmp_path):
     ("where", "changed", "words"),
     [
         ("unet", {"in_channels": 9}, "9 channels in and 4 out: an inpainting model"),
-        ("unet", {"addition_embed_type": "text_time"}, "Stable Diffusion XL is not supported yet"),
+        ("unet", {"addition_embed_type": "image"}, "addition_embed_type is 'image'; only None is supported"),
+        ("unet", {"transformer_layers_per_block": [1, [2]]}, "transformer_layers_per_block is [1, [2]]"),
         ("unet", {"resnet_time_scale_shift": "scale_shift"}, "scale_shift is 'scale_shift'; only 'default'"),
         ("unet", {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "its blocks are AttnDownBlock2D"),
         ("unet", {"attention_head_dim": [4, 4, 4]}, "[4, 4, 4] heads of levels [32, 64] wide"),
