@@ -1,8 +1,8 @@
 """Mutated bundles opened as people open them: does anything but a refusal in words come out?
 
-What `accuquant-verify` does, and every tenth time the command itself, opens the bundles of mutate_bundles.py in a
-process with limits on time and memory; where a graph was changed, it also loads the graphs, on OpenVINO and ONNX Runtime in
-turn. Harm is an exception of another kind, control characters on the terminal, a file outside the folder opened, a
+The bundles of mutate_bundles.py are opened in a process with limits on time and memory, and sampled from as far as that
+takes no engine; every tenth is opened by the command `accuquant-verify` too. Where a graph was changed, the graphs are
+also loaded and called, on OpenVINO and on ONNX Runtime in turn. Harm is an exception of another kind, control characters on the terminal, a file outside the folder opened, a
 process started, a parser given bytes that the manifest does not vouch for, a hang and a crash. Loading a graph that the
 manifest does vouch for can crash or hang a library that is not ours; that is counted apart, as the engine's.
 
@@ -100,7 +100,8 @@ class Watch:
                 if by_command:
                     with suppress(SystemExit):
                         cli_verify.main()
-                cli_verify.verify(self.folder, engine, bool(engine))
+                if engine:
+                    cli_verify.verify(self.folder, engine)
                 use(Bundle(self.folder))
             outcome = "holds"
         except AccuQuantError as error:

@@ -46,16 +46,18 @@ def graph(quantized: bool) -> onnx.ModelProto:
     return helper.make_model(helper.make_graph(nodes, "seed", [x, t], [out], held), opset_imports=opsets, ir_version=9)
 
 
-def seed_bundle(folder: Path) -> list[dict[str, Any]]:
-    """Write the bundle and return its manifest in every form of conditioning, the first of them valid with loading."""
+def seed_bundle(folder: Path, steps: int = 3) -> list[dict[str, Any]]:
+    """Write the bundle and return its manifest in every form of conditioning; that of none is the one written."""
     folder.mkdir(exist_ok=True)
     for name in CHANGED["graph"]:
         (folder / name).write_bytes(graph(name == "denoiser.onnx").SerializeToString())
     (folder / "text_encoder.onnx").write_bytes(graph(False).SerializeToString())
     (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}')
     save_rows(folder / "conditions.safetensors", Rows({"context": np.ones((2, 3), np.float32)}, {}))
-    steps = [PlanStep(timestep=90 - 30 * i, a=0.9, b=dict.fromkeys(range(i + 1), 0.1), c={i: 0.01}) for i in range(3)]
-    plan = SamplingPlan(sampler="heun", prediction_type="epsilon", init_sigma=1.0, steps=tuple(steps))
+    rows = [
+        PlanStep(timestep=steps - i, a=0.5, b=dict.fromkeys((i, max(i - 1, 0)), 0.02), c={i: 0.1}) for i in range(steps)
+    ]
+    plan = SamplingPlan(sampler="heun", prediction_type="epsilon", init_sigma=1.0, steps=tuple(rows))
     plan.save(folder / "plan.json")
     (folder / "report").mkdir(exist_ok=True)
     (folder / "report" / "index.html").write_text("<p>report")
