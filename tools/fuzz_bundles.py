@@ -1,10 +1,11 @@
 """Mutated bundles opened as people open them: does anything but a refusal in words come out?
 
 The bundles of mutate_bundles.py are opened in a process with limits on time and memory, and sampled from as far as that
-takes no engine; every tenth is opened by the command `accuquant-verify` too. Where a graph was changed, the graphs are
-also loaded and called, on OpenVINO and on ONNX Runtime in turn. Harm is an exception of another kind, control characters on the terminal, a file outside the folder opened, a
-process started, a parser given bytes that the manifest does not vouch for, a hang and a crash. Loading a graph that the
-manifest does vouch for can crash or hang a library that is not ours; that is counted apart, as the engine's.
+takes no engine; every fiftieth is opened by the command `accuquant-verify` too. Where a graph was changed, the graphs
+are also loaded and called, on OpenVINO and on ONNX Runtime in turn. Harm is an exception of another kind, control
+characters on the terminal, a file outside the folder opened, a process started, a parser given bytes that the manifest
+does not vouch for, a hang and a crash. Loading a graph that the manifest does vouch for can crash or hang a library
+that is not ours; that is counted apart, as the engine's.
 
     python tools/fuzz_bundles.py --manifests 100000 --plans 100000 --graphs 3000 --out tools/results/fuzz-bundles.json
     python tools/fuzz_bundles.py --guided --manifests 100000 --plans 100000 --graphs 0    # by coverage, with atheris
@@ -157,7 +158,7 @@ def open_some(kind: str, seed: int, first: int, last: int, limit_s: float, folde
         signal.setitimer(signal.ITIMER_PROF, limit_s)  # either of whose signals ends the process
         signal.setitimer(signal.ITIMER_REAL, 20 * limit_s)
         began = time.process_time()
-        outcome = watch.examine(("openvino", "onnxruntime")[n % 2] if kind == "graph" else "", n % 10 == 0)
+        outcome = watch.examine(("openvino", "onnxruntime")[n % 2] if kind == "graph" else "", n % 50 == 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -165,12 +166,14 @@ def open_some(kind: str, seed: int, first: int, last: int, limit_s: float, folde
         print(json.dumps(report | {"actions": watch.actions()}), flush=True)
 
 
-def run_kind(kind: str, seed: int, count: int, limit_s: float, show: Callable[[int], None]) -> dict[str, Any]:
-    """Counts of every outcome over `count` bundles of a kind, with the numbers of those that did harm."""
+def run_kind(
+    kind: str, seed: int, count: int, limit_s: float, until: float, show: Callable[[int], None]
+) -> dict[str, Any]:
+    """Counts of every outcome over `count` bundles of a kind at most, with the numbers of those that did harm."""
     outcomes, harm = Counter[str](), {name: list[dict[str, Any]]() for name in (*HARM, "engine")}
     slowest = grown = 0.0
     n = 0
-    while n < count:
+    while n < count and time.time() < until:
         with tempfile.TemporaryDirectory(dir=shared()) as folder:
             arguments = [kind, str(seed), str(n), str(min(count, n + 20_000)), str(limit_s), folder]
             command = [sys.executable, __file__, "--child", *arguments]
@@ -192,7 +195,9 @@ def run_kind(kind: str, seed: int, count: int, limit_s: float, show: Callable[[i
                     harm["acts"].append({"bundle": begun, "what": report["actions"][:3]})
                 if begun % 100 == 0:
                     show(begun)
-            if child.wait() != 0:
+                if time.time() > until:
+                    child.terminate()
+            if child.wait() not in (0, -signal.SIGTERM):
                 if begun < n:
                     raise AccuQuantError(f"the opening process ends with {child.returncode} before its first bundle")
                 how = "hangs" if -child.returncode in (signal.SIGALRM, signal.SIGPROF) else "crashes"
@@ -200,7 +205,7 @@ def run_kind(kind: str, seed: int, count: int, limit_s: float, show: Callable[[i
                 harm["engine" if kind == "graph" else how].append({"bundle": begun, "what": f"exit {child.returncode}"})
                 n = begun + 1
     return {
-        "bundles": count,
+        "bundles": n,
         "outcomes": dict(outcomes.most_common()),
         **harm,
         "slowest_cpu_s": round(slowest, 4),
@@ -270,6 +275,7 @@ def main(
     out: Annotated[Path, typer.Option(help="where the counts go")] = Path("fuzz-bundles.json"),
     seed: Annotated[int, typer.Option(help="another seed, other bundles")] = 0,
     limit_s: Annotated[float, typer.Option(help="seconds of processor time a bundle may take")] = 30.0,
+    minutes: Annotated[float, typer.Option(help="after which a kind is done, however many it were")] = 600.0,
     by_coverage: Annotated[bool, typer.Option("--guided", help="draw manifests and plans by coverage")] = False,
 ) -> None:
     """Open mutated bundles and count what is no refusal; exit code 1 if there is any."""
@@ -279,7 +285,10 @@ def main(
             if count and by_coverage:
                 results[kind] = run_guided(kind, seed, count)
             elif count:
-                results[kind] = run_kind(kind, seed, count, limit_s, lambda n, k=kind, c=count: show(k, n, c, ""))
+                until = time.time() + 60 * minutes
+                results[kind] = run_kind(
+                    kind, seed, count, limit_s, until, lambda n, k=kind, c=count: show(k, n, c, "")
+                )
     totals = {name: sum(len(result[name]) for result in results.values()) for name in HARM}
     found = {
         "what": "mutated bundles opened by accuquant-verify" + ", drawn by coverage" * by_coverage,

@@ -106,7 +106,7 @@ def test_an_engine_that_does_not_fit_is_in_no_cache_and_is_built_when_there_is_r
         path.write_bytes(bytes(2**20))
         return {}
 
-    with full_after(KIB), pytest.raises(AccuQuantError, match="cannot write .*File too large"):
+    with full_after(KIB), pytest.raises(AccuQuantError, match=r"cannot write .*File too large"):
         cache.get(key, build)
     assert not cache.holds(key)
     assert [p.name for p in cache.folder.iterdir()] == [f"{key.digest}.lock"]
