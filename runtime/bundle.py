@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from .errors import AccuQuantError
 from .files import sha256, write_text
 from .onnx_files import external_files
-from .plan import SamplingPlan
+from .plan import SamplingPlan, one_line
 
 NetworkName = Literal["denoiser", "twin", "text_encoder", "decoder"]
+Words = Annotated[str, AfterValidator(one_line)]  # what is printed
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 TOKENIZER = "tokenizer.json"
@@ -69,9 +70,13 @@ class ByClass(BaseModel):
 
     kind: Literal["class"] = "class"
     input: str = "y"
-    classes: int = Field(gt=0)
-    null: int | None = None
+    classes: int = Field(gt=0, lt=2**31)
+    null: int | None = Field(None, ge=0, lt=2**31)
     guidance: float = 1.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.input,)
 
     @property
     def can_be_guided(self) -> bool:
@@ -104,6 +109,10 @@ class ByText(BaseModel):
         return values
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return self.inputs
+
+    @property
     def can_be_guided(self) -> bool:
         return True
 
@@ -124,6 +133,10 @@ class ByRows(BaseModel):
     guidance: float = 1.0
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.shapes)
+
+    @property
     def can_be_guided(self) -> bool:
         return self.empty
 
@@ -137,14 +150,14 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[3] = 3
-    family: str
-    found: str
-    sample_shape: tuple[int, int, int]
+    family: Words
+    found: Words
+    sample_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     conditioning: Conditioning | None = None
-    scheme: str
-    target: str
-    policy: str
-    sampler: str
+    scheme: Words
+    target: Words
+    policy: Words
+    sampler: Words
     timesteps: Literal["any", "plan"] = "any"  # which ones the graphs know
     networks: dict[NetworkName, NetworkFile]
     files: dict[str, str]
@@ -166,12 +179,17 @@ class Bundle:
         if not path.is_file():
             raise AccuQuantError(f"{folder} is not a bundle: it has no manifest.json; make one with accuquant-export")
         try:
-            self.manifest = Manifest.model_validate_json(path.read_text())
+            self.manifest = Manifest.model_validate_json(path.read_text("utf-8"))
         except (ValidationError, UnicodeDecodeError) as error:
             raise AccuQuantError(f"{path} is not a manifest this version understands: {error}") from error
         for name, digest in self.digests.items():
             _check_file(folder, name, digest)
-        needed = {PLAN, TOKENIZER} if "text_encoder" in self.manifest.networks else {PLAN}
+        # All that is read later must have been vouched for.
+        known = self.manifest.conditioning
+        needed = {PLAN} | (
+            {TOKENIZER} if isinstance(known, ByText) or "text_encoder" in self.manifest.networks else set()
+        )
+        needed |= {CONDITIONS} if isinstance(known, ByRows) else set()
         if needed - self.digests.keys():
             raise AccuQuantError(f"{path} does not describe {', '.join(needed - self.digests.keys())}; export it again")
         for network in self.manifest.networks.values():

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from .benchmark import PROFILED, measure, sides_of, slower
 from .bundle import Bundle
@@ -75,7 +76,7 @@ def bench(
         console.print(peer_table(found))
     facts = report["machine"]
     console.print(
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['instructions']}; medians \\[p10..p90] of {repeats} "
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['instructions']}; medians [p10..p90] of {repeats} "
         f"interleaved steps, {samples} sampling runs, peak memory of a process each; written to {out}"
     )
 
@@ -126,7 +127,7 @@ def peer_table(found: dict[str, Any]) -> Table:
         step, saves = row["step_seconds"], row["saves"]
         told = "" if name == by else "too few repeats" if saves is None else _share(saves)
         table.add_row(
-            f"[bold]{name}[/]" if row["ours"] else name,
+            Text(name, style="bold") if row["ours"] else name,
             row["engine"],
             f"{step['median'] * 1e3:.2f} ms [{step['p10'] * 1e3:.2f}..{step['p90'] * 1e3:.2f}]",
             f"{row['step_speedup']:.2f}x",
@@ -134,7 +135,7 @@ def peer_table(found: dict[str, Any]) -> Table:
         )
     for name, row in found["rows"].items():
         if "failed" in row:
-            table.add_row(name, row["failed"].replace("[", r"\["))
+            table.add_row(name, row["failed"])
     return table
 
 

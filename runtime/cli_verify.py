@@ -8,7 +8,7 @@ import typer
 
 from . import noise
 from .bundle import MANIFEST, Bundle, NetworkName
-from .console import command, console
+from .console import command, console, printable
 from .errors import AccuQuantError
 from .pipeline import Pipeline
 
@@ -29,7 +29,7 @@ def verify(
     console.print(f"files     {len(digests)} as described ({size / 2**20:.2f} MiB), none outside the folder")
     present = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if not p.is_dir()}
     if strange := sorted(present - digests.keys() - {MANIFEST}):
-        console.print(f"          not described, and never read: {', '.join(strange)}")
+        console.print(f"          not described, and never read: {', '.join(map(printable, strange))}")
     known = "its graphs know these timesteps only" if manifest.timesteps == "plan" else "its graphs take any timestep"
     console.print(f"plan      {opened.plan.sampler}, {len(opened.plan)} network calls; {known}")
     if load:

@@ -96,6 +96,8 @@ class Prompts(Conditions):
         self._tokenizer = Tokenizer(bundle.tokenizer.read_text(), str(bundle.tokenizer))
         options, target = EngineOptions(1, threads), bundle.manifest.target
         self._encoder = open_engine(bundle.graph("text_encoder"), options, engine, target)
+        if len(self._encoder.outputs) != len(known.inputs):
+            raise AccuQuantError(f"{self._encoder.path} has {len(self._encoder.outputs)} outputs for {known.inputs}")
         self._encoded: dict[str, list[np.ndarray]] = {}  # a row for every input
 
     def wishes(self, seeds: Sequence[int]) -> list[str]:

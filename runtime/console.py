@@ -10,11 +10,12 @@ from pathlib import Path
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from .errors import AccuQuantError
 
-# Piped into a file, tables would be squeezed into 80 columns.
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+# Piped into a file, tables would be squeezed into 80 columns. No markup: much of what is printed stands in files.
+console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 
 def command(function: Callable[..., None]) -> Callable[[], None]:
@@ -40,7 +41,8 @@ def _entry_point(app: typer.Typer) -> Callable[[], None]:
         except AccuQuantError as error:
             if "--debug" in sys.argv:
                 raise
-            Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(error)}")
+            said = Text.assemble(("error:", "bold red"), f" {printable(str(error))}")
+            Console(stderr=True, highlight=False, soft_wrap=True).print(said)
             sys.exit(1)
         except KeyboardInterrupt:
             Console(stderr=True).print(
@@ -98,5 +100,6 @@ def machine_facts() -> dict[str, str]:
     }
 
 
-def _escaped(error: Exception) -> str:
-    return str(error).replace("[", r"\[")
+def printable(text: str) -> str:
+    """`text` as a terminal may see it: what would steer one, and what no encoding has, is spelt out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -5,6 +5,7 @@ import numpy as np
 from .bundle import Bundle
 from .engines import open_engine
 from .engines.base import Engine, EngineOptions
+from .errors import AccuQuantError
 from .pictures import to_uint8
 
 
@@ -22,6 +23,9 @@ class Decoder:
         if self._engine is None:
             graph, target = self._bundle.graph("decoder"), self._bundle.manifest.target
             self._engine = open_engine(graph, self._options, self._name, target)
+            shape = (self._options.batch, *latents.shape[1:])
+            if [port.shape for port in self._engine.inputs] != [shape]:
+                raise AccuQuantError(f"{graph} does not take latents of {shape}, which the manifest says; export again")
         port, batch = self._engine.inputs[0], self._options.batch
         made = []
         for first in range(0, len(latents), batch):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .engines.base import Engine
+from .errors import AccuQuantError
 
 
 def engine_batch(batch: int, guidance: float) -> int:
@@ -36,6 +37,10 @@ class Denoiser:
         `free` has (...) by input, or (batch, ...) where samples differ in what stands for none.
         """
         for name, value in rows.items():
+            if value.shape[1:] != self._fed[name].shape[1:]:
+                raise AccuQuantError(
+                    f"{self.engine.path.name} takes rows {self._fed[name].shape[1:]} as {name}, not {value.shape[1:]}"
+                )
             self._fed[name][: self.batch] = value
             if self.is_guided:
                 assert free is not None
@@ -55,7 +60,10 @@ class Denoiser:
 
     def __call__(self, x: np.ndarray, timestep: float) -> np.ndarray:
         """The prediction, guided where asked, as an array of its own."""
-        out = self.engine.run(self.feed(x, timestep))
+        fed = self.feed(x, timestep)
+        out = self.engine.run(fed)
+        if out.shape != fed["x"].shape:
+            raise AccuQuantError(f"{self.engine.path.name} gives {out.shape} for latents of {fed['x'].shape}")
         if not self.is_guided:
             return out.copy()  # multistep samplers keep outputs, the engine's buffer is overwritten by the next call
         free = out[self.batch :]

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import AccuQuantError
 
 
@@ -25,11 +27,11 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.chmod(part, 0o666 & ~_umask())  # some libraries write files that only their owner may read
         os.replace(part, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors says of a full disk that it is an error of its own
         where = path.parent if path.parent.exists() else Path.cwd()
         free = shutil.disk_usage(where).free / 2**20
         raise AccuQuantError(
-            f"cannot write {path}: {error.strerror or error} ({free:.0f} MiB free there); "
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error} ({free:.0f} MiB free there); "
             "free some space or choose another folder with --out"
         ) from error
     finally:

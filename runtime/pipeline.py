@@ -1,5 +1,6 @@
 """The pipeline: load a bundle, generate from seeds, close. What servers, notebooks and commands all hold."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from .engines.base import EngineOptions, Rest
 from .errors import AccuQuantError
 from .plan import SamplingPlan
 
+MOST_ELEMENTS = 2**31  # of one input
 OnStep = Callable[[int, int, np.ndarray], None]  # samples finished before this batch, steps done, latents
 OnOutput = Callable[[int, np.ndarray, np.ndarray], None]  # row of the plan, its latents, the network's output
 
@@ -57,6 +59,7 @@ class Pipeline:
         check_guidance(known, guidance)
         options = EngineOptions(engine_batch(batch, guidance), threads, rest)
         self.engine = open_engine(self.bundle.graph(network), options, engine, manifest.target)
+        self._check_ports()
         self.denoiser = Denoiser(self.engine, batch, guidance)
         self.conditions = open_conditions(self.bundle, engine, threads)
         self._decoder = Decoder(self.bundle, engine, batch, threads)
@@ -157,6 +160,19 @@ class Pipeline:
             raise AccuQuantError(
                 f"{self.bundle.folder} knows the {len(self.bundle.plan.timesteps)} timesteps of its own plan and not "
                 f"{unknown[0]:g}; sample with its plan, or export for any with --no-time-table"
+            )
+
+    def _check_ports(self) -> None:
+        """The graph is what the manifest says of it; nothing is allocated by the shapes of one that is not."""
+        rows, known = self.engine.options.batch, self.bundle.manifest.conditioning
+        wanted = {"x": (rows, *self.shape), "t": (rows,)}
+        found = {port.name: port.shape for port in self.engine.inputs}
+        named = {"x", "t", *(known.names if known is not None else ())}
+        fits = found.keys() == named and all(found[name] == shape for name, shape in wanted.items())
+        if not fits or any(math.prod(shape) > MOST_ELEMENTS for shape in found.values()):
+            raise AccuQuantError(
+                f"{self.engine.path} takes {found}; by the manifest it is {', '.join(sorted(named))}, with {wanted}; "
+                "export it again"
             )
 
     def close(self) -> None:

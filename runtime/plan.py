@@ -14,10 +14,10 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import AccuQuantError
 from .files import write_text
@@ -26,13 +26,20 @@ Array = TypeVar("Array")  # numpy array or torch tensor: the rows only scale and
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "preconditioned"]
 
 
+def one_line(text: str) -> str:
+    """Validates what is printed: it must not steer a terminal."""
+    if not text.isprintable():
+        raise ValueError("control characters; a name or a sentence in one line is expected")
+    return text
+
+
 class PlanStep(BaseModel):
     """Row i: t_i, s_i, a_i and the sparse rows b_i and c_i, keyed by the index j <= i of the output or noise."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     timestep: float
-    input_scale: float = 1.0
+    input_scale: float = Field(1.0, gt=0)
     a: float
     b: dict[int, float]
     c: dict[int, float] = Field(default_factory=dict)
@@ -44,7 +51,7 @@ class SamplingPlan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     schema_version: Literal[1] = 1
-    sampler: str
+    sampler: Annotated[str, AfterValidator(one_line)]
     prediction_type: Prediction
     init_sigma: float
     steps: tuple[PlanStep, ...] = Field(min_length=1)
@@ -84,7 +91,8 @@ class SamplingPlan(BaseModel):
         for step in reversed(self.steps):
             b += a * sum(step.b.values())
             a *= step.a
-            noise = math.sqrt(max((a / step.input_scale) ** 2 - 1.0, 0.0))
+            clean = abs(a / step.input_scale)
+            noise = math.sqrt((clean - 1.0) * (clean + 1.0)) if clean > 1.0 else 0.0
             ends.append((a, -noise if self.prediction_type == "epsilon" else b))
         return tuple(reversed(ends))
 
@@ -147,7 +155,7 @@ class SamplingPlan(BaseModel):
     @classmethod
     def load(cls, path: Path) -> "SamplingPlan":
         try:
-            return cls.model_validate_json(path.read_text())
+            return cls.model_validate_json(path.read_text("utf-8"))
         except FileNotFoundError:
             raise AccuQuantError(f"{path} is missing; a bundle needs its sampling plan: export it again") from None
         except (ValidationError, UnicodeDecodeError) as error:

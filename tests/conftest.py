@@ -37,7 +37,7 @@ settings.load_profile("accuquant")
 
 def load_module(name: str) -> ModuleType:
     """tests/<name>.py, through a fixture, because tests are no package to import from."""
-    spec = importlib.util.spec_from_file_location(f"accuquant_tests_{name}", HERE / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"accuquant_tests_{Path(name).name}", HERE / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -69,6 +69,12 @@ def _seeded() -> None:
 def tiny() -> ModuleType:
     """Networks and runs small enough for a test."""
     return load_module("tiny")
+
+
+@pytest.fixture(scope="session")
+def handmade() -> ModuleType:
+    """A bundle written by hand in a moment, and mutations of it."""
+    return load_module("../tools/mutate_bundles")
 
 
 @pytest.fixture(scope="session")

@@ -119,7 +119,7 @@ def main(
     write_text(out, json.dumps(report, indent=1) + "\n")
     for row in rows:
         console.print(peer_table(row))
-    console.print(f"medians \\[p10..p90] of {repeats} interleaved steps, {threads or 'all'} threads; written to {out}")
+    console.print(f"medians [p10..p90] of {repeats} interleaved steps, {threads or 'all'} threads; written to {out}")
 
 
 def _open(graph: Path, engine: str, options: EngineOptions) -> Engine:

@@ -9,6 +9,11 @@ are answered. Latency counts from the moment a request was due. It must hold, or
 was answered; that those which got no picture were refused with 429 and told when to come again; and that the slowest
 hundredth of the accepted was within the deadline. The load's own process shares the machine, and so does whatever else
 runs: the load average stands in the JSON.
+
+    python tools/bench_serving.py fashion-w8a8 --soak 3600 --out soak.json
+
+keeps the closed loop up for that long instead, and fits a line to the server's memory after the first fifth, in which
+allocators and caches fill up: it must hold that nothing was lost and that the line does not rise.
 """
 
 import asyncio
@@ -37,6 +42,9 @@ from rich.table import Table
 
 SERVE = "import sys; sys.argv[0] = 'accuquant-serve'; from accuquant.runtime.cli_serve import main; main()"
 MARGIN = 10.0  # seconds after the deadline at which an answer counts as lost
+WARMING = 0.2  # the share of a soak in which memory may grow
+RISES = 16.0  # MiB over a soak that its line may rise, and three standard errors of it
+POINTS = 600  # of memory, at most, in the JSON
 
 
 @dataclass
@@ -131,13 +139,15 @@ async def open_loop(target: Target, rate: float, seconds: float, seed: int) -> T
 
 
 @asynccontextmanager
-async def watched(target: Target) -> AsyncIterator[list[float]]:
-    """The server's memory, once a second while the block runs."""
-    seen: list[float] = []
+async def watched(target: Target) -> AsyncIterator[list[tuple[float, float]]]:
+    """Seconds and the server's memory in MiB, once a second while the block runs."""
+    seen: list[tuple[float, float]] = []
+    begun = time.monotonic()
 
     async def watch() -> None:
         while True:
-            seen.append(await target.memory())
+            used = await target.memory()
+            seen.append((time.monotonic() - begun, used / 2**20))
             await asyncio.sleep(1.0)
 
     watching = asyncio.create_task(watch())
@@ -164,9 +174,26 @@ async def phase(
         "accepted_seconds": percentiles(tally.accepted),
         "refused_seconds": percentiles(tally.refused),
         "refusals_without_retry_after": tally.untold,
-        "memory_mib": [round(value / 2**20, 1) for value in memory],
+        "memory_mib": [round(mib, 1) for _, mib in memory[:: 1 + len(memory) // POINTS]],
+        "memory_line": line(memory),
         "load_average": os.getloadavg()[0],
     }
+
+
+def line(memory: list[tuple[float, float]]) -> dict[str, float]:
+    """What memory rises in MiB over the whole phase by the line of least squares after WARMING, and its error."""
+    kept = np.array(memory[int(WARMING * len(memory)) :])
+    if len(kept) < 3:
+        return {"n": len(kept)}
+    (slope, _), covariance = np.polyfit(kept[:, 0], kept[:, 1], 1, cov="unscaled")
+    centre = kept - kept.mean(axis=0)
+    rest = centre[:, 1] - slope * centre[:, 0]
+    error = float(np.sqrt(covariance[0, 0] * (rest @ rest) / (len(kept) - 2)))
+    lasted = memory[-1][0]
+    return {
+        "n": len(kept), "rises_mib": float(slope) * lasted, "standard_error_mib": error * lasted,
+        "mib_per_hour": float(slope) * 3600,
+    }  # fmt: skip
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -187,6 +214,11 @@ def faults(results: list[dict[str, Any]], deadline: float) -> list[str]:
             found.append(f"{result['phase']}: refusals do not say when to come again")
         if result["accepted_seconds"].get("p99", 0.0) > deadline:
             found.append(f"{result['phase']}: p99 of the accepted is beyond the deadline of {deadline:g} s")
+        fitted = result.get("memory_line", {})
+        if result["phase"].startswith("soak") and (
+            fitted.get("rises_mib", 0.0) > RISES + 3 * fitted.get("standard_error_mib", 0.0)
+        ):
+            found.append(f"{result['phase']}: memory rises by {fitted['rises_mib']:.0f} MiB")
     return found
 
 
@@ -203,6 +235,11 @@ def started(arguments: list[str]) -> tuple[subprocess.Popen[str], str, int]:
         if found := re.search(r"listening on http://(\S+):(\d+) ", line):
             return process, found[1], int(found[2])
     raise AccuQuantError(f"the server did not start: {''.join(said)[-500:]}")
+
+
+async def soak(target: Target, batch: int, seconds: float) -> list[dict[str, Any]]:
+    clients = 2 * batch
+    return [await phase(f"soak, {clients} clients", target, lambda: closed_loop(target, clients, seconds), None)]
 
 
 async def measure(target: Target, batch: int, seconds: float, factors: list[float]) -> list[dict[str, Any]]:
@@ -222,6 +259,7 @@ def bench(
     bundle: Annotated[Path, typer.Argument(help="Folder written by accuquant-export.")],
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("serving.json"),
     seconds: Annotated[float, typer.Option(min=1, help="Of every phase.")] = 30.0,
+    soaked: Annotated[float, typer.Option("--soak", min=0, help="Seconds of one closed loop; 0: the phases.")] = 0.0,
     factors: Annotated[str, typer.Option(help="Open loops, times the capacity, with commas.")] = "0.5,1,2",
     batch: Annotated[int, typer.Option(min=1)] = 4,
     queue: Annotated[int, typer.Option(min=1)] = 16,
@@ -235,9 +273,9 @@ def bench(
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     process, host, port = started([str(bundle), *options])
     try:
-        results = asyncio.run(
-            measure(Target(host, port, deadline), batch, seconds, [float(part) for part in factors.split(",")])
-        )
+        target, times = Target(host, port, deadline), [float(part) for part in factors.split(",")]
+        load = soak(target, batch, soaked) if soaked else measure(target, batch, seconds, times)
+        results = asyncio.run(load)
     finally:
         process.terminate()
         stopped = process.wait(60)
@@ -246,7 +284,7 @@ def bench(
     report = {
         "schema_version": 1, "machine": machine_facts(), "versions": versions,
         "bundle": {"name": bundle.resolve().name, "scheme": manifest.scheme, "sampler": manifest.sampler},
-        "settings": settings | {"seconds": seconds}, "results": results, "faults": wrong,
+        "settings": settings | {"seconds": soaked or seconds}, "results": results, "faults": wrong,
     }  # fmt: skip
     write_text(out, json.dumps(report, indent=1) + "\n")
     console.print(_table(results))
@@ -258,13 +296,14 @@ def bench(
 
 def _table(results: list[dict[str, Any]]) -> Table:
     table = Table()
-    for column in ("phase", "requests", "pictures/s", "refused", "p50", "p95", "p99", "memory"):
+    for column in ("phase", "requests", "pictures/s", "refused", "p50", "p95", "p99", "memory", "rises"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for r in results:
         waits = [f"{r['accepted_seconds'].get(q, float('nan')):.2f} s" for q in ("p50", "p95", "p99")]
         memory = f"{r['memory_mib'][0]:.0f} to {r['memory_mib'][-1]:.0f} MiB" if r["memory_mib"] else "-"
         refused = str(r["statuses"].get("429", 0))
-        table.add_row(r["phase"], str(r["requests"]), f"{r['pictures_per_second']:.2f}", refused, *waits, memory)
+        rises = f"{r['memory_line'].get('mib_per_hour', float('nan')):.1f} MiB/h"
+        table.add_row(r["phase"], str(r["requests"]), f"{r['pictures_per_second']:.2f}", refused, *waits, memory, rises)
     return table
 
 

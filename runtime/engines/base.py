@@ -72,15 +72,23 @@ class Engine(ABC):
         """The network's output for `inputs` by name; the array stays valid until the next call.
 
         Raises:
-            AccuQuantError: names, dtypes or shapes are not the engine's.
+            AccuQuantError: names, dtypes or shapes are not the engine's, or the library fails.
         """
-        self._check(inputs)
-        return self._infer(inputs)[0]
+        return self._outputs(inputs)[0]
 
     def run_all(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Like `run`, of a graph with several outputs: all of them in the graph's order, as copies."""
+        return [np.array(output) for output in self._outputs(inputs)]
+
+    def _outputs(self, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
         self._check(inputs)
-        return [np.array(output) for output in self._infer(inputs)]
+        try:
+            return self._infer(inputs)
+        except Exception as error:  # ONNX Runtime's share no base class
+            # What the library says names files of this machine, and servers pass our sentences on.
+            raise AccuQuantError(
+                f"{self.path.name} fails on {self.name}: {type(error).__name__}; the cause is with the traceback"
+            ) from error
 
     def _check(self, inputs: Mapping[str, np.ndarray]) -> None:
         if inputs.keys() != {port.name for port in self.inputs}:

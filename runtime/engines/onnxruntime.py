@@ -117,4 +117,6 @@ def _kernel(event: dict[str, Any]) -> Kernel:
 
 def _port(port: Any, batch: int) -> Port:
     shape = tuple(batch if i == 0 or not isinstance(d, int) else d for i, d in enumerate(port.shape))
+    if port.type not in DTYPES:
+        raise AccuQuantError(f"{port.name} of the graph is {port.type}; {', '.join(DTYPES)} are known")
     return Port(port.name, np.dtype(DTYPES[port.type]), shape)

@@ -25,9 +25,12 @@ class OpenVINOEngine(Engine):
         self.name = f"OpenVINO {ov.__version__.split('-')[0]} CPU"
         core = ov.Core()
         try:
-            model = core.read_model(path)
-        except RuntimeError as error:
+            self._compile(core)
+        except Exception as error:  # of reading, and of arrays by the shapes that were read
             raise AccuQuantError(f"{path} cannot be read by {self.name}: {_first_line(error)}") from error
+
+    def _compile(self, core: Any) -> None:
+        options, model = self.options, core.read_model(self.path)
         widen_int4(model)
         self.kept_in_float = dict.fromkeys(keep_out(model), SATURATES)
         model.reshape({port: [options.batch, *list(port.partial_shape)[1:]] for port in model.inputs})

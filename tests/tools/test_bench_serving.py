@@ -1,6 +1,9 @@
 """The load tool tells pictures, refusals and losses apart, and says which of them must not be."""
 
 import asyncio
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -78,3 +81,30 @@ def test_what_must_not_be_is_said(bench):
     assert "beyond the deadline" in bench.faults([result(bench, s200=6.0)], 5.0)[0]
     silent = result(bench, s200=1.0) | {"refusals_without_retry_after": 2}
     assert "when to come again" in bench.faults([silent], 5.0)[0]
+
+
+def test_a_leak_is_told_from_memory_that_settles(bench):
+    settles = [(float(s), 200 + min(s, 50) + s % 3) for s in range(600)]
+    leaks = [(s, mib + s / 10) for s, mib in settles]
+    assert abs(bench.line(settles)["rises_mib"]) < 1
+    assert abs(bench.line(leaks)["mib_per_hour"] - 360) < 5
+    soak = result(bench, s200=1.0) | {"phase": "soak"}
+    assert bench.faults([soak | {"memory_line": bench.line(settles)}], 5.0) == []
+    assert "memory rises by 60 MiB" in bench.faults([soak | {"memory_line": bench.line(leaks)}], 5.0)[0]
+
+
+@pytest.mark.slow
+def test_an_hour_at_capacity_loses_nothing_and_leaks_nothing(handmade, tmp_path):
+    """Or as many seconds as ACCUQUANT_SOAK says."""
+    seconds = os.environ.get("ACCUQUANT_SOAK", "3600")
+    handmade.seed_bundle(tmp_path / "handmade", steps=50)
+    tool = [sys.executable, TOOLS / "bench_serving.py", tmp_path / "handmade", "--threads", "1"]
+    ended = subprocess.run(
+        [*tool, "--soak", seconds, "--out", tmp_path / "soak.json"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (report,) = json.loads((tmp_path / "soak.json").read_text())["results"]
+    print(ended.stdout, report["memory_line"])
+    assert set(report["statuses"]) == {"200"}
+    assert report["requests"] > float(seconds)
+    assert report["lasted_seconds"] >= float(seconds)

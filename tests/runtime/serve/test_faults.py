@@ -1,6 +1,7 @@
 """Overload, impatience and malice: every refusal says why, nothing hangs, nobody is held up by anybody."""
 
 import http.client
+import itertools
 import json
 import socket
 import threading
@@ -227,6 +228,28 @@ def test_the_key_is_asked_for_before_anything_is_read(house, painter):
         assert house.ask(address, "/health/ready")[0] == 200
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
+
+
+def test_a_clock_that_jumps_moves_no_deadline_and_no_retry_after(house, painter, monkeypatch):
+    """By a year to and fro, as after a wrong clock was set right."""
+    jumps, real = itertools.cycle((0.0, 3e7, -3e7)), time.time
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    with house.running([painter], Limits(waiting=1, deadline=20.0)) as (address, server):
+        _, _, body = house.ask(address, body={"seed": 1, "response_format": "url"})
+        assert house.ask(address, body["data"][0]["url"].removeprefix(address))[0] == 200  # kept for minutes
+        painter.pipeline.hold.clear()
+        begun = time.monotonic()
+        status, _, body = house.ask(address, body={"seed": 1, "deadline": 1.0})
+        assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
+        assert 0.9 < time.monotonic() - begun < 15
+        painter.pipeline.step()  # with which the engine notices
+        held = [left_behind(address, {"seed": 2})]
+        until(lambda: painter.pipeline.painted[-1] == [2])
+        held.append(left_behind(address, {"seed": 3}))
+        until(lambda: server.workers["hand"].waiting == 1)
+        status, headers, _ = house.ask(address, body={"seed": 4})
+        assert status == 429
+        assert 1 <= int(headers["Retry-After"]) < 60
 
 
 def test_draining_answers_what_was_accepted_and_refuses_the_rest(house, painter):
