@@ -95,6 +95,7 @@ def folders() -> ModuleType:
     return load_module("folders")
 
 
+@pytest.fixture(scope="session")
 def stable_xl() -> ModuleType:
     """A small Stable Diffusion XL, as a folder and in one file."""
     return load_module("stable_xl")
