@@ -71,7 +71,7 @@ class ByClass(BaseModel):
     kind: Literal["class"] = "class"
     input: str = "y"
     classes: int = Field(gt=0, lt=2**31)
-    null: int | None = Field(None, ge=0, lt=2**31)
+    null: int | None = Field(default=None, ge=0, lt=2**31)
     guidance: float = 1.0
 
     @property
