@@ -9,6 +9,7 @@ import pytest
 from accuquant.runtime.bundle import OperatorFacts
 from accuquant.runtime.engines.base import Kernel
 from accuquant.runtime.engines.compile_plan import installed
+from accuquant.runtime.engines.saturation import saturates
 from accuquant.runtime.inspection import judge, operator_precisions
 
 
@@ -31,10 +32,12 @@ def facts(kind="conv"):
 
 def test_a_verdict_says_why_an_operator_did_not_get_what_it_asked():
     operators = {name: facts() for name in ("good", "float", "gone")}
-    good, left, gone = judge(operators, {"good": "u8", "float": "f32"})
+    got = {"good": "u8", "float": "f32"}
+    good, left, gone = judge(operators, got)
     assert (good.asked, good.stored, good.got, good.why) == ("int4 weights, uint8", "int4", "u8", "")
     assert (left.got, "unfused" in left.why) == ("f32", True)
     assert (gone.got, "no kernel of that name" in gone.why) == ("not reported", True)
+    assert [v.why for v in judge(operators, got, {"float": "as it likes"})][:2] == ["", "as it likes"]
 
 
 def test_the_kernel_that_multiplies_is_believed_and_not_the_one_that_scales_its_result():
@@ -50,9 +53,10 @@ def test_the_kernel_that_multiplies_is_believed_and_not_the_one_that_scales_its_
     assert got == {"conv1": "Int8", "conv2": "u8", "softmax": "f32"}
 
 
-def test_all_operators_of_a_bundle_run_in_integers(tiny_bundle, tmp_path):
+def test_all_operators_of_a_bundle_run_in_integers_where_these_do_not_saturate(tiny_bundle, tmp_path):
     done = inspect(tiny_bundle.folder, "--engine", "openvino", "--out", tmp_path / "inspect.json")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == (2 if saturates() else 0), done.stdout + done.stderr
+    assert ("no VNNI" in done.stdout) == saturates()
     count = len(tiny_bundle.manifest.operators)
     assert f"{count} operators at W4A8" in done.stdout
     (result,) = json.loads((tmp_path / "inspect.json").read_text())["results"]
