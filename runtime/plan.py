@@ -39,7 +39,7 @@ class PlanStep(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     timestep: float
-    input_scale: float = Field(1.0, gt=0)
+    input_scale: float = 1.0
     a: float
     b: dict[int, float]
     c: dict[int, float] = Field(default_factory=dict)
@@ -91,7 +91,7 @@ class SamplingPlan(BaseModel):
         for step in reversed(self.steps):
             b += a * sum(step.b.values())
             a *= step.a
-            clean = abs(a / step.input_scale)
+            clean = abs(a / step.input_scale) if step.input_scale else 0.0
             noise = math.sqrt((clean - 1.0) * (clean + 1.0)) if clean > 1.0 else 0.0
             ends.append((a, -noise if self.prediction_type == "epsilon" else b))
         return tuple(reversed(ends))

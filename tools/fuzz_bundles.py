@@ -50,6 +50,7 @@ with atheris.instrument_imports(include=["accuquant.runtime"]) if atheris and GU
 from mutate_bundles import CHANGED, Mutations  # noqa: E402
 
 SLACK = 4 * 2**30  # bytes of address space a process may take beyond what it starts with
+SHARED = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where short-lived files cost least
 HARM = ("escaped", "acts", "hangs", "crashes")
 PRINTED = "\n\t"
 CAUSES = (
@@ -174,7 +175,7 @@ def run_kind(
     slowest = grown = 0.0
     n = 0
     while n < count and time.time() < until:
-        with tempfile.TemporaryDirectory(dir=shared()) as folder:
+        with tempfile.TemporaryDirectory(dir=SHARED) as folder:
             arguments = [kind, str(seed), str(n), str(min(count, n + 20_000)), str(limit_s), folder]
             command = [sys.executable, __file__, "--child", *arguments]
             child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -211,11 +212,6 @@ def run_kind(
         "slowest_cpu_s": round(slowest, 4),
         "memory_grown_mib": round(grown, 1),
     }
-
-
-def shared() -> str | None:
-    """Where folders of many short-lived files cost least."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def guided(kind: str, seed: int, count: int, folder: Path) -> None:
@@ -255,7 +251,7 @@ def run_guided(kind: str, seed: int, count: int) -> dict[str, Any]:
     """The same counts as far as a guided run knows them, and what it covered."""
     if atheris is None:
         raise AccuQuantError("atheris is not installed; install it with: pip install 'accuquant[fuzz]'")
-    with tempfile.TemporaryDirectory(dir=shared()) as folder:
+    with tempfile.TemporaryDirectory(dir=SHARED) as folder:
         command = [sys.executable, __file__, "--child", "--guided", kind, str(seed), str(count), folder]
         ended = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=folder)
     covered = re.findall(r"#(\d+)\s.*?cov: (\d+) ft: (\d+)", ended.stderr)

@@ -67,7 +67,7 @@ def test_harm_would_be_noticed(opened, fuzz, monkeypatch):
         open("/etc/hostname").close()
         raise KeyError("\x1b[2J")
 
-    monkeypatch.setattr(fuzz.cli_verify, "Bundle", fail)
+    monkeypatch.setattr(fuzz, "Bundle", fail)
     assert set(run("plan", range(2))) == {"escaped: KeyError: '\\x1b[2J'"}
     assert "opened /etc/hostname" in watch.actions()
 
