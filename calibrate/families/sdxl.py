@@ -14,15 +14,16 @@ model's, or of a YAML beside the checkpoint (or `--config`):
     force_zeros_for_empty_prompt: true    # guided against zeros, or against the encoded empty text
     guidance: 5.0
     prompts: [a red apple, a blue heart]
+    timestep_spacing: trailing   # of distilled models
 
-Distilled models with the same keys (Turbo, Lightning, Hyper) are such models; what they are sampled with, few steps and
-guidance 1, stands in no key and is to be asked for.
+Distilled models with the same keys (Turbo, Lightning) are such models; what they are sampled with - few steps, spaced
+from the last, and guidance 1 - stands in no key and is to be asked for.
 """
 
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -73,6 +74,7 @@ class Choice(BaseModel):
     force_zeros_for_empty_prompt: bool | None = None
     guidance: float = Field(default=GUIDANCE, ge=0, allow_inf_nan=False)
     prompts: tuple[str, ...] = ()
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
 
     def sizes(self, pixels: int) -> tuple[int, ...]:
         """The six numbers, in the order that the network is told them."""
@@ -167,16 +169,19 @@ def assemble(
     network = Told(empty, chosen.sizes(pixels), told)
     load_weights(network, weights, path)
     zeros = zeros if chosen.force_zeros_for_empty_prompt is None else chosen.force_zeros_for_empty_prompt
+    noise_schedule = dict(schedule.noise_schedule)
+    if chosen.timestep_spacing is not None:
+        noise_schedule["timestep_spacing"] = chosen.timestep_spacing
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     against = "zeros" if zeros else "the empty text"
     return DiffusionModel(
         family="sdxl",
         found=f"{found}, {millions:.2f} M parameters, latent {made.in_channels}x{size}x{size}, of text, predicts "
-        f"{schedule.noise_schedule.get('prediction_type', 'epsilon')}, guided against {against}"
+        f"{noise_schedule.get('prediction_type', 'epsilon')}, guided against {against}"
         + ("" if decoder is not None else ", no decoder"),
         network=network.eval().requires_grad_(False),
         sample_shape=(made.in_channels, size, size),
-        noise_schedule=schedule.noise_schedule,
+        noise_schedule=noise_schedule,
         role_of=ldm.role_of,
         block_of=ldm.block_of,
         default_sampler=schedule.sampler,

@@ -244,6 +244,12 @@ def test_other_files_are_refused_by_name(name, value, words, state, stable_xl, t
     assert words in str(error.value)
 
 
+def test_a_yaml_has_the_choices_of_distilled_models(state, stable_xl, tmp_path):
+    model = load_model(stable_xl.save_single(tmp_path, state, timestep_spacing="trailing", guidance=1.0))
+    assert trace("euler", model.noise_schedule, 4).timesteps == {999.0, 749.0, 499.0, 249.0}
+    assert model.conditioning.guidance == 1.0
+
+
 def test_a_latent_that_cannot_be_halved_is_refused(state, stable_xl, tmp_path):
     with pytest.raises(AccuQuantError, match="a latent of 6x6 cannot be halved 2 times"):
         load_model(stable_xl.save_single(tmp_path, state, size=6))
