@@ -60,7 +60,7 @@ def judge(
         weights = [] if facts.weight_bits is None else [f"{number}{facts.weight_bits} weights"]
         precision = LOOKED_UP if facts.in_table else got.get(name, "")
         if not precision:
-            why = "no kernel of that name: the engine reports none, or fused it away"
+            why = kept_in_float.get(name, "no kernel of that name: the engine reports none, or fused it away")
         elif precision in {*LOW_BIT, LOOKED_UP} or not facts.inputs:
             why = ""
         else:

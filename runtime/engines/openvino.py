@@ -38,14 +38,16 @@ class OpenVINOEngine(Engine):
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[options.rest],
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # what is to be float is not to be quantized on the way
             "PERF_COUNT": options.profile,
         }
         if options.threads:
             settings["INFERENCE_NUM_THREADS"] = options.threads
         self._compiled: Any = core.compile_model(model, "CPU", settings)
         self._request: Any = self._compiled.create_infer_request()
-        self.inputs = tuple(_port(p) for p in self._compiled.inputs)
-        self.outputs = tuple(_port(p) for p in self._compiled.outputs)
+        # An input's tensor may bear other names too, of nodes that changed nothing and are gone.
+        self.inputs = tuple(_port(p, p.get_node().get_friendly_name()) for p in self._compiled.inputs)
+        self.outputs = tuple(_port(p, p.get_any_name()) for p in self._compiled.outputs)
         # Shared buffers: the loop writes into them and the engine reads them where they lie.
         self._buffers = {port.name: np.zeros(port.shape, port.dtype) for port in self.inputs}
         for port, raw in zip(self.inputs, self._compiled.inputs, strict=True):
@@ -70,10 +72,12 @@ class OpenVINOEngine(Engine):
         for op in self._compiled.get_runtime_model().get_ordered_ops():
             info = {k: v.astype(str) for k, v in op.get_rt_info().items()}
             original = info.get("originalLayersNames", "")
+            # Of a kernel that unpacks integer weights while it multiplies in float, only the primitive tells.
+            in_float = info.get("primitiveType", "").endswith("_f32")
             found.append(
                 Kernel(
                     kind=info.get("layerType", op.get_type_name()),
-                    precision=info.get("runtimePrecision", "?"),
+                    precision="f32" if in_float else info.get("runtimePrecision", "?"),
                     nodes=tuple(name for name in original.split(",") if name),
                     microseconds=taken.get(op.get_friendly_name()),
                 )
@@ -105,8 +109,8 @@ def unpack_int4(packed: np.ndarray, shape: list[int]) -> np.ndarray:
     return np.where(halves > 7, halves - 16, halves).astype(np.int8).reshape(shape)
 
 
-def _port(port: Any) -> Port:
-    return Port(port.get_any_name(), port.get_element_type().to_dtype(), tuple(port.shape))
+def _port(port: Any, name: str) -> Port:
+    return Port(name, port.get_element_type().to_dtype(), tuple(port.shape))
 
 
 def _first_line(error: Exception) -> str:

@@ -332,7 +332,7 @@ def test_a_table_stays_in_integer_kernels(tiny, tmp_path):
     engine = open_engine(tmp_path / "q.onnx", EngineOptions(batch=2), "openvino")
     precisions = operator_precisions(engine, made.operators)
     assert precisions.keys() == made.operators.keys()
-    assert {name for name, p in precisions.items() if p not in LOW_BIT} == engine.kept_in_float.keys()
+    assert {name for name, p in precisions.items() if p not in LOW_BIT} <= engine.kept_in_float.keys()
 
 
 def test_a_table_whose_layer_has_no_batch_axis_is_refused_by_name(tiny):
