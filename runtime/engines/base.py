@@ -84,6 +84,8 @@ class Engine(ABC):
         self._check(inputs)
         try:
             return self._infer(inputs)
+        except AccuQuantError:
+            raise
         except Exception as error:  # ONNX Runtime's share no base class
             # What the library says names files of this machine, and servers pass our sentences on.
             raise AccuQuantError(

@@ -20,7 +20,6 @@ OPERATORS = frozenset({"Convolution", "GroupConvolution", "MatMul"})
 MOVES = frozenset({"Multiply", "Subtract", "Convert", "Reshape", "Transpose"})  # between codes and their operator
 LARGEST = 64  # code that, twice with 255, stays within 16 bits
 SATURATES = "products of 8-bit codes saturate on this CPU (no VNNI), so it runs in float; 4/8 and 7/8 do not need to"
-LOWEST = float(np.finfo(np.float32).min)
 
 
 @cache
@@ -44,7 +43,8 @@ def keep_out(model: Any) -> list[str]:
         return []
     for node in found:
         # It changes no value, and dequantization is not moved across it.
-        between = opset13.maximum(node.input_value(0), opset13.constant(np.float32(LOWEST)))
+        kind = node.get_input_element_type(0).to_dtype()
+        between = opset13.maximum(node.input_value(0), opset13.constant(np.finfo(kind).min, kind))
         node.input(0).replace_source_output(between.output(0))
     # OpenVINO's reader calls a convolution that had a bias NAME/WithoutBiases.
     return [node.get_friendly_name().partition("/")[0] for node in found]

@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 from accuquant.runtime.engines.base import EngineOptions
 from accuquant.runtime.engines.openvino import OpenVINOEngine
+from accuquant.runtime.engines.saturation import saturates
 from onnx import TensorProto, helper, numpy_helper
 
 
@@ -59,6 +60,7 @@ def without_amx(folder, codes, zero, between):
     return float(child.stdout)
 
 
+@pytest.mark.skipif(saturates(), reason="this CPU's integer kernels saturate, so the convolution runs in float")
 @pytest.mark.parametrize("between", [(), ("Relu",)])
 def test_signed_codes_behind_a_concat_are_wrong(between, tmp_path):
     assert without_amx(tmp_path, "int8", 0, between) < 20
