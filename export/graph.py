@@ -28,6 +28,7 @@ from ..runtime.files import atomic
 OPSET = 21
 INPUT, TIMESTEP, OUTPUT = "x", "t", "prediction"
 SCOPES = "pkg.torch.onnx.name_scopes"
+TRACE = "pkg.torch.onnx.stack_trace"
 OPERATOR_TYPES = {"conv": ("Conv",), "linear": ("Gemm", "MatMul"), "matmul": ("MatMul",)}
 EXTERNAL_DATA_ABOVE = 64 * 2**20  # bytes of weights; protobuf itself ends at 2 GiB
 
@@ -74,6 +75,8 @@ def trace_float(
     model = program.model
     model.producer_name, model.producer_version = "accuquant", None
     _name_operators(model, operators)
+    for node in model.graph:
+        node.metadata_props.pop(TRACE, None)  # the exporting machine's paths; and equal networks are to be equal bytes
     return model
 
 

@@ -82,6 +82,11 @@ def test_every_operator_has_exactly_one_node_of_its_name(w4a8):
         assert nodes[name].op_type in kinds[operator.kind]
 
 
+def test_a_graph_tells_nothing_of_the_machine_it_was_made_on(w4a8, tmp_path):
+    save_graph(copy(w4a8.graph), tmp_path / "float.onnx")
+    assert b".py" not in (tmp_path / "float.onnx").read_bytes()
+
+
 def test_float_graph_is_the_network(w4a8, tmp_path):
     out = w4a8.run(copy(w4a8.graph), tmp_path / "float.onnx")
     # float32 in another order of summation
