@@ -18,16 +18,14 @@ import json
 import os
 import random
 import re
-import resource
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +45,7 @@ with atheris.instrument_imports(include=["accuquant.runtime"]) if atheris and GU
     from accuquant.runtime.errors import AccuQuantError
     from accuquant.runtime.files import sha256, write_text
     from accuquant.runtime.plan import SamplingPlan
+from fuzzing import one_by_one, tally  # noqa: E402
 from mutate_bundles import CHANGED, Mutations  # noqa: E402
 
 SLACK = 4 * 2**30  # bytes of address space a process may take beyond what it starts with
@@ -141,7 +140,7 @@ def use(bundle: Bundle) -> None:
 
 
 def open_some(kind: str, seed: int, first: int, last: int, limit_s: float, folder: Path) -> None:
-    """A watched process: bundles first..last - 1, a line before each and one with its end behind it."""
+    """A watched process: bundles first..last - 1."""
     warnings.simplefilter("ignore")
     made, watch = Mutations(kind, folder), Watch(folder)
     for engine in ("openvino", "onnxruntime"):  # what is imported at first use is not the bundle's doing
@@ -150,68 +149,25 @@ def open_some(kind: str, seed: int, first: int, last: int, limit_s: float, folde
     made.write(random.Random(0))
     watch.examine(by_command=True)
     watch.actions()
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + SLACK, size + SLACK))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for n in range(first, last):
+
+    def draw(n: int) -> Callable[[], str]:
         made.write(random.Random(f"{seed} {kind} {n}"))
-        print(json.dumps({"begun": n}), flush=True)
-        signal.setitimer(signal.ITIMER_PROF, limit_s)  # either of whose signals ends the process
-        signal.setitimer(signal.ITIMER_REAL, 20 * limit_s)
-        began = time.process_time()
-        outcome = watch.examine(("openvino", "onnxruntime")[n % 2] if kind == "graph" else "", n % 50 == 0)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        report = {"outcome": outcome, "cpu_s": time.process_time() - began, "grown_mib": grown}
-        print(json.dumps(report | {"actions": watch.actions()}), flush=True)
+        return partial(watch.examine, ("openvino", "onnxruntime")[n % 2] if kind == "graph" else "", n % 50 == 0)
+
+    one_by_one(range(first, last), draw, watch.actions, limit_s, SLACK)
 
 
 def run_kind(
     kind: str, seed: int, count: int, limit_s: float, until: float, show: Callable[[int], None]
 ) -> dict[str, Any]:
     """Counts of every outcome over `count` bundles of a kind at most, with the numbers of those that did harm."""
-    outcomes, harm = Counter[str](), {name: list[dict[str, Any]]() for name in (*HARM, "engine")}
-    slowest = grown = 0.0
-    n = 0
-    while n < count and time.time() < until:
-        with tempfile.TemporaryDirectory(dir=SHARED) as folder:
-            arguments = [kind, str(seed), str(n), str(min(count, n + 20_000)), str(limit_s), folder]
-            command = [sys.executable, __file__, "--child", *arguments]
-            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            assert child.stdout is not None
-            begun = n - 1
-            for line in child.stdout:
-                report = json.loads(line)
-                if "begun" in report:
-                    begun = report["begun"]
-                    continue
-                n = begun + 1
-                outcome = report["outcome"]
-                outcomes["escaped" if outcome.startswith("escaped") else outcome] += 1
-                slowest, grown = max(slowest, report["cpu_s"]), max(grown, report["grown_mib"])
-                if outcome.startswith("escaped"):
-                    harm["escaped"].append({"bundle": begun, "what": outcome})
-                if report["actions"]:
-                    harm["acts"].append({"bundle": begun, "what": report["actions"][:3]})
-                if begun % 100 == 0:
-                    show(begun)
-                if time.time() > until:
-                    child.terminate()
-            if child.wait() not in (0, -signal.SIGTERM):
-                if begun < n:
-                    raise AccuQuantError(f"the opening process ends with {child.returncode} before its first bundle")
-                how = "hangs" if -child.returncode in (signal.SIGALRM, signal.SIGPROF) else "crashes"
-                # A changed graph that is not vouched for is refused before an engine is asked.
-                harm["engine" if kind == "graph" else how].append({"bundle": begun, "what": f"exit {child.returncode}"})
-                n = begun + 1
-    return {
-        "bundles": n,
-        "outcomes": dict(outcomes.most_common()),
-        **harm,
-        "slowest_cpu_s": round(slowest, 4),
-        "memory_grown_mib": round(grown, 1),
-    }
+
+    def command(first: int, last: int, folder: str) -> list[str]:
+        return [__file__, "--child", kind, str(seed), str(first), str(last), str(limit_s), folder]
+
+    # A changed graph that is not vouched for is refused before an engine is asked.
+    dies = "engine" if kind == "graph" else ""
+    return tally(command, count, show, noun="bundle", acts="acts", dies=dies, until=until, shared=SHARED)
 
 
 def guided(kind: str, seed: int, count: int, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Checkpoints read by a machine of our own: what it makes equals torch's, and nothing runs, whatever a file asks."""
 
-import importlib.util
 import io
 import pickle
 import random
@@ -25,21 +24,28 @@ REFERENCE = ROOT / "tools" / "reference" / "fashion-ddim.ckpt"
 FORMS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stacked"])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _tools():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tools")
+        yield
+
+
 @pytest.fixture(scope="module")
 def fuzz():
-    """The fuzzer of tools/, for its seeds, attacks and mutations."""
-    spec = importlib.util.spec_from_file_location("accuquant_tools_fuzz", ROOT / "tools" / "fuzz_checkpoints.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """Seeds, attacks and mutations of the fuzzer in tools/."""
+    import mutate_checkpoints
+
+    return mutate_checkpoints
 
 
 @pytest.fixture(scope="module")
 def watch(fuzz, tmp_path_factory):
     """Reads bytes as a checkpoint, under audit hooks and traps that tell whether anything ran."""
+    from fuzz_checkpoints import Watch
+
     folder = tmp_path_factory.mktemp("watched")
-    watching = fuzz.Watch(folder / "m.ckpt", folder / "mark")
+    watching = Watch(folder / "m.ckpt", folder / "mark")
     for seed in fuzz.seeds().values():  # what torch imports at its first use is not the file's doing
         assert watching.examine(seed) == "read"
     watching.executions()
