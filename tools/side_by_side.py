@@ -60,13 +60,15 @@ def fidelity(fp: Run, other: Run) -> dict[str, Any]:
 
 
 def coverage(graph: Path, engine: str) -> dict[str, int]:
-    """Of the kernels that multiply, by the engine's own report, how many multiply few bits."""
+    """Of the kernels that multiply, by the engine's report, how many do so in few bits, how many it keeps from it."""
     opened = open_engine(graph, EngineOptions(batch=1), engine)
     try:
         products = [kernel for kernel in opened.kernels() if multiplies(kernel)]
+        kept = opened.kept_in_float
     finally:
         opened.close()
-    return {"low_bit": sum(k.precision in LOW_BIT for k in products), "all": len(products)}
+    held = sum(any(node.partition("/")[0] in kept for node in kernel.nodes) for kernel in products)
+    return {"low_bit": sum(k.precision in LOW_BIT for k in products), "kept_in_float": held, "all": len(products)}
 
 
 def compiled(graph: Path, gpu: str, folder: Path) -> dict[str, Any]:

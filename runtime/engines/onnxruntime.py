@@ -7,6 +7,7 @@ Its providers for NVIDIA GPUs are engines too, where onnxruntime-gpu has them: g
 it loads itself, and any graph on CUDA, in float mostly. Not run on a GPU.
 """
 
+import importlib.util
 import json
 import re
 import tempfile
@@ -49,11 +50,13 @@ class OnnxRuntimeEngine(Engine):
     def _open(self, settings: Any) -> Any:
         settings.log_severity_level = 3
         settings.intra_op_num_threads = self.options.threads
+        # Without VNNI, products of unsigned and signed codes saturate at 16 bits. Where all becomes integer kernels,
+        # both are made unsigned; of other graphs ONNX Runtime 1.32 then makes nonsense - per-channel scales with one
+        # zero point - so those run as they stand, in float. What nobody says is ours runs as its maker has it.
         if self.options.target == "onnxruntime":
-            # Without VNNI, products of unsigned and signed codes saturate at 16 bits; this makes both unsigned there.
-            # Of graphs that do not become integer kernels ONNX Runtime 1.32 then makes nonsense: per-channel scales
-            # with one zero point.
             settings.add_session_config_entry("session.x64quantprecision", "1")
+        elif self.options.target and _saturates():
+            settings.add_session_config_entry("session.disable_quant_qdq", "1")
         if self._exact:
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         quantized = b"QuantizeLinear" in self.path.read_bytes()
@@ -106,6 +109,15 @@ class OnnxRuntimeTensorRTEngine(OnnxRuntimeEngine):
             "trt_int8_enable": True, "trt_fp16_enable": True,  # explicit Q/DQ needs the permission too
             "trt_engine_cache_enable": True, "trt_engine_cache_path": folder,
         }  # fmt: skip
+
+
+def _saturates() -> bool:
+    """What OpenVINO's kernels do here, ONNX Runtime's do; without that library nobody can be asked, so perhaps."""
+    if importlib.util.find_spec("openvino") is None:
+        return True
+    from .saturation import saturates
+
+    return saturates()
 
 
 def _kernel(event: dict[str, Any]) -> Kernel:

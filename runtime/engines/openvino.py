@@ -38,7 +38,6 @@ class OpenVINOEngine(Engine):
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[options.rest],
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # what is to be float is not to be quantized on the way
             "PERF_COUNT": options.profile,
         }
         if options.threads:

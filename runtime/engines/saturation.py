@@ -2,7 +2,7 @@
 
 Without VNNI, x86 kernels multiply 8-bit codes and add every two products in 16 bits, which end at 32767:
 
-    255 * 127 + 255 * 127 = 64770        a layer comes out right to 20-50 dB
+    255 * 127 + 255 * 127 = 64770        sums end there, and with them the layer
     255 *  64 + 255 *  64 = 32640        codes of 7 bits and fewer never get there
 
 An operator of 8-bit weights, or of two activations, is then kept out of OpenVINO's fusion: it multiplies the same

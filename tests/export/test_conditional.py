@@ -10,7 +10,6 @@ from accuquant.calibrate.trajectory import simulate
 from accuquant.export.compare import compare
 from accuquant.runtime import cli_bench, cli_sample
 from accuquant.runtime.bundle import ByClass
-from accuquant.runtime.engines.saturation import saturates
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.pipeline import Pipeline
 
@@ -68,7 +67,6 @@ def test_wrong_wishes_are_refused(bundle):
             pipeline.generate([0, 1], classes=[1])
 
 
-@pytest.mark.skipif(saturates(), reason="ONNX Runtime saturates here on graphs that were not made for it")
 def test_the_engine_parts_from_the_standard_nowhere(bundle):
     found = compare(bundle, "onnxruntime", range(2), 2, lambda *_: None)
     assert found.first(45.0) is None

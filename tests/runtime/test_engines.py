@@ -22,7 +22,7 @@ def test_every_planned_operator_runs_as_an_integer_kernel(tiny_bundle):
     operators = pipeline.bundle.manifest.operators
     assert precisions.keys() == {name for name, facts in operators.items() if not facts.in_table}
     assert {facts.role for facts in operators.values() if facts.in_table} == {"time"}
-    assert {name for name, p in precisions.items() if p not in INTEGER} <= kept.keys()
+    assert {name for name, p in precisions.items() if p not in INTEGER} == kept.keys()
     ends = [k for k in convolutions if k.precision not in INTEGER and not kept.keys() & set(k.nodes)]
     assert len(ends) == 2  # the network's, which stay in float
 

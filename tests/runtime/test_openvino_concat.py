@@ -15,7 +15,6 @@ import onnxruntime
 import pytest
 from accuquant.runtime.engines.base import EngineOptions
 from accuquant.runtime.engines.openvino import OpenVINOEngine
-from accuquant.runtime.engines.saturation import saturates
 from onnx import TensorProto, helper, numpy_helper
 
 
@@ -32,7 +31,7 @@ def agreement(folder, codes, zero, between=()):
         helper.make_node("Conv", ["d", "wd"], ["y"], "conv", pads=[1, 1, 1, 1]),
     ]
     constants = {
-        "w": rng.integers(-127, 128, (8, 16, 3, 3)).astype(np.int8),
+        "w": rng.integers(-63, 64, (8, 16, 3, 3)).astype(np.int8),  # in integers on every CPU, which 8 bits are not
         "ws": np.full(8, 0.01, np.float32),
         "s": np.array(0.03, np.float32),
         "z": np.array(zero, codes),
@@ -60,7 +59,6 @@ def without_amx(folder, codes, zero, between):
     return float(child.stdout)
 
 
-@pytest.mark.skipif(saturates(), reason="this CPU's integer kernels saturate, so the convolution runs in float")
 @pytest.mark.parametrize("between", [(), ("Relu",)])
 def test_signed_codes_behind_a_concat_are_wrong(between, tmp_path):
     assert without_amx(tmp_path, "int8", 0, between) < 20

@@ -77,6 +77,16 @@ def test_only_what_may_saturate_leaves_the_integers(tmp_path, monkeypatch, large
     assert all("no VNNI" in why for why in kept.values())
 
 
+@pytest.mark.skipif(not saturation.saturates(), reason="this CPU's integer kernels do not saturate")
+def test_left_in_integers_what_may_saturate_is_wrong_here(tmp_path, monkeypatch):
+    """Which is why it is not left there."""
+    path = quantized(tmp_path, 127)
+    wanted, _, _ = run(path, "openvino")
+    monkeypatch.setattr(saturation, "saturates", lambda: False)
+    made, _, _ = run(path, "openvino")
+    assert 10 * np.log10(np.square(wanted).sum() / np.square(made - wanted).sum()) < 20
+
+
 def test_where_nothing_saturates_all_is_integer(tmp_path, monkeypatch):
     path = quantized(tmp_path, 127)
     monkeypatch.setattr(saturation, "saturates", lambda: False)
