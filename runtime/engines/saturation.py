@@ -19,7 +19,7 @@ from openvino import opset13
 OPERATORS = frozenset({"Convolution", "GroupConvolution", "MatMul"})
 MOVES = frozenset({"Multiply", "Subtract", "Convert", "Reshape", "Transpose"})  # between codes and their operator
 LARGEST = 64  # code that, twice with 255, stays within 16 bits
-SATURATES = "products of 8-bit codes saturate on this CPU (no VNNI), so it runs in float; 4/8 and 7/8 do not need to"
+SATURATES = "products of two 8-bit codes saturate on this CPU (no VNNI), so they are made in float"
 
 
 @cache
