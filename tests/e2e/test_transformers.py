@@ -18,7 +18,7 @@ from accuquant.runtime.pipeline import Pipeline
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dit", "pixart", "sd3"])
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux"])
 def test_a_folder_becomes_pictures_in_integers(name, folders, formula, tmp_path, monkeypatch):
     """`build` itself raises where a layer, in the graph or on OpenVINO, is not its simulation."""
     scheme = QuantScheme(weight_bits=4, activation_bits=8, reserve=0)  # 4 bits saturate on no CPU
