@@ -129,6 +129,7 @@ def evaluate(
                 fp, own = painted["fp32"], painted[name]
                 found = psnr(fp, own)
                 rows[name] |= {
+                    "iterations": bundle.manifest.provenance["calibration"]["iterations"],
                     "psnr_mean": round(float(found.mean()), 3),
                     "psnr_p10": round(float(np.quantile(found, 0.1)), 3),
                     "ssim_mean": round(float(ssim(fp, own).mean()), 5),

@@ -222,10 +222,12 @@ def emoji_table(report: dict[str, Any]) -> str:
             f"| {name} | {row['bytes'] / 2**20:.2f} MiB | {close} | {of['first']:.1%} | {of['first_ten']:.1%} |"
         )
     real = report["real"]
-    ran = "; ".join(f"{side} {kernels(row)}" for side, row in report["sides"].items() if side != "fp32")
+    quantized = {side: row for side, row in report["sides"].items() if side != "fp32"}
+    ran = "; ".join(f"{side} {kernels(row)}" for side, row in quantized.items())
+    learned = ", ".join(f"{side} {row['iterations']}" for side, row in quantized.items())
     caption = (
         f"n = {report['n']} captions, one seed each, guidance {report['guidance']:g}, {report['steps']} steps, on "
-        f"{report['sides']['fp32']['engine']}, whose kernels are: {ran}. "
+        f"{report['sides']['fp32']['engine']}, whose kernels are: {ran}. Iterations of calibration: {learned}. "
         "Caption first, among ten: the caption's place when all "
         f"{report['captions']} captions are ordered by how close their real pictures come to the painted one "
         f"({report['features']}); real pictures of one style among those of the other reach {real['first']:.1%} and "
@@ -240,28 +242,23 @@ def kernels(row: dict[str, Any]) -> str:
     return ran + "".join(f" ({count}: {why})" for why, count in row["kept_in_float"].items())
 
 
-def emoji_results() -> list[str]:
-    """The same prompts by every precision, and the numbers; nothing until they are measured."""
-    if not (RESULTS / "emoji.json").exists():
-        return []
-    report = json.loads((RESULTS / "emoji.json").read_text())
+def emoji_results(report: dict[str, Any]) -> str:
+    """The same prompts by every precision, and the numbers."""
     sides = list(report["sides"])
-    said = {"fp32": "full precision"}
-    return [
-        "| " + " | ".join(said.get(side, side) for side in sides) + " |",
+    lines = [
+        "| " + " | ".join(sides) + " |",
         "|" + "---|" * len(sides),
-        "| " + " | ".join(f"![{side}](tools/results/emoji-{side.lower()}.png)" for side in sides) + " |",
+        "| " + " | ".join(f"![{side}](emoji-{side.lower()}.png)" for side in sides) + " |",
         "",
         f"The same seeds under {', '.join(report['sheet'])}.",
         "",
         emoji_table(report),
-        "",
     ]
+    return "\n".join(lines)
 
 
 def readme_results() -> str:
     parts = [
-        *emoji_results(),
         "| full precision | W4A8, integer kernels |",
         "|---|---|",
         "| ![64 garments sampled in full precision](tools/results/fp.png) "
@@ -300,6 +297,7 @@ def results_page() -> str:
     for path in costs:
         parts += [cost_table(json.loads(path.read_text())), "", f"![peak memory by M]({path.stem}.svg)", ""]
     for heading, pattern, draw in (
+        ("Text to image", "emoji.json", emoji_results),
         ("Other quantizers beside ours", "yardsticks*.json", yardstick_table),
         ("Export at real sizes", "export-sizes.json", export_table),
         ("Calibration and export at real sizes", "full-sizes.json", full_size_table),
