@@ -38,9 +38,11 @@ def saturates() -> bool:
 
 def keep_out(model: Any) -> list[str]:
     """Put operators whose products could saturate where OpenVINO does not fuse them; returns their names."""
-    found = [node for node in model.get_ordered_ops() if node.get_type_name() in OPERATORS and _may_saturate(node)]
-    if not found or not saturates():
+    products = [node for node in model.get_ordered_ops() if node.get_type_name() in OPERATORS]
+    dequantized = [(node, codes) for node in products if (codes := _second_codes(node)) is not None]
+    if not dequantized or not saturates():  # before any weight is read
         return []
+    found = [node for node, codes in dequantized if _largest(codes) > LARGEST]
     for node in found:
         # It changes no value, and dequantization is not moved across it.
         kind = node.get_input_element_type(0).to_dtype()
@@ -50,15 +52,18 @@ def keep_out(model: Any) -> list[str]:
     return [node.get_friendly_name().partition("/")[0] for node in found]
 
 
-def _may_saturate(node: Any) -> bool:
-    """Are both inputs dequantized, and the second's codes beyond what 16 bits hold?"""
-    codes = [_codes(node.input_value(i).get_node()) for i in range(2)]
-    if any(source is None for source in codes):
-        return False
-    second = codes[1]
-    if second.get_type_name() != "Constant":
-        return True
-    return bool(np.abs(np.asarray(second.data).astype(np.int16)).max(initial=0) > LARGEST)
+def _second_codes(node: Any) -> Any:
+    """Where the second input's codes come from, if both inputs are dequantized."""
+    first, second = (_codes(node.input_value(i).get_node()) for i in range(2))
+    return None if first is None else second
+
+
+def _largest(codes: Any) -> int:
+    """The largest code there is, of a quantizer's the largest there may be."""
+    if codes.get_type_name() != "Constant":
+        return 255
+    data = np.asarray(codes.data)
+    return max(int(data.max()), -int(data.min()))
 
 
 def _codes(node: Any) -> Any:
