@@ -187,7 +187,8 @@ class IExecutionContext:
 
     def _of(self, batch):
         if batch not in self._engines:
-            self._engines[batch] = OnnxRuntimeEngine(self._graph, EngineOptions(batch=batch, threads=1))
+            options = EngineOptions(batch=batch, threads=1, target="tensorrt")
+            self._engines[batch] = OnnxRuntimeEngine(self._graph, options)
         return self._engines[batch]
 
     def _run(self):

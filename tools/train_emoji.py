@@ -33,14 +33,15 @@ import torch.nn.functional as F
 import typer
 import yaml
 from accuquant.calibrate.checkpoint import load_weights, read_checkpoint
-from accuquant.calibrate.families.adm_unet import AdmConfig, AdmUNet
+from accuquant.calibrate.families.adm_unet import AdmConfig, AdmUNet, ResBlock
 from accuquant.calibrate.families.bert_text import BertText
 from accuquant.calibrate.families.first_stage import Attention, Network, Residual, norm
 from accuquant.calibrate.families.ldm import FIRST_STAGE
+from accuquant.calibrate.families.spatial_transformer import TransformerBlock
 from accuquant.runtime.console import machine_facts
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
-from training import Ema, save_atomically, warmup_cosine
+from training import Ema, check_gradients, save_atomically, warmup_cosine
 
 SIZE, LATENT, FACTOR = 64, 4, 4
 CHANNELS, WIDTHS, BLOCKS = 64, (64, 64, 128), 1
@@ -132,7 +133,7 @@ def train(
         optimizer.load_state_dict(held["optimizer"])
         ema.load(held["ema"])
         step, spent = held["step"], held["seconds"]
-    begun, losses = time.monotonic(), list[float]()
+    first, begun, losses = step, time.monotonic(), list[float]()
     network.train()
     while step < steps:
         for group in optimizer.param_groups:
@@ -141,6 +142,8 @@ def train(
         loss = loss_of(torch.Generator().manual_seed(seed * 1_000_003 + step))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if step == first + 2:  # by then layers that began at zero pass gradients on
+            check_gradients(network)
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         step += 1
@@ -225,6 +228,7 @@ def train_denoiser(
     images: int,
     batch: int,
     seed: int,
+    bf16: bool,
 ) -> float:
     """Seconds spent; `tokens` holds those of every caption, "plain" and "styled", and of the "empty" text."""
     mean, deviation = latents
@@ -232,6 +236,10 @@ def train_denoiser(
     alpha_bar = torch.cumprod(1 - betas, 0)
     signal, noise = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
     network.to(memory_format=torch.channels_last)
+    if bf16:  # block by block: compiled whole, torch 2.13 loses the gradient of all that lies behind a downsampling
+        for part in network.modules():
+            if isinstance(part, ResBlock | TransformerBlock | BertText):
+                part.compile(dynamic=False)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         pick = torch.randint(len(mean), (batch,), generator=generator)
@@ -243,7 +251,9 @@ def train_denoiser(
         words = torch.where(chance < EMPTY + STYLED * (1 - EMPTY), tokens["styled"][pick], tokens["plain"][pick])
         words = torch.where(chance < EMPTY, tokens["empty"], words)
         a, s = signal[t, None, None, None], noise[t, None, None, None]
-        return F.mse_loss(network(a * z + s * eps, t.float(), words), a * eps - s * z)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            made = network(a * z + s * eps, t.float(), words)
+        return F.mse_loss(made.float(), a * eps - s * z)
 
     return train(network, loss_of, path, math.ceil(images / batch), 1e-3, seed)[1]
 
@@ -289,6 +299,10 @@ def main(
         Path | None,
         typer.Option(help="A released checkpoint whose denoiser is to learn on, deepened; its autoencoder stays."),
     ] = None,
+    batch: Annotated[int, typer.Option(help="Latents of a step of the denoiser.")] = 32,
+    bf16: Annotated[
+        bool, typer.Option(help="The denoiser compiled and in bfloat16: twice as fast on CPUs with AMX.")
+    ] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
 ) -> None:
     """Train both stages, or go on where they stopped, and release the averaged weights."""
@@ -324,7 +338,7 @@ def main(
     if start is not None:
         held = {k: v for k, v in begin.items() if not k.startswith(FIRST_STAGE)}
         load_weights(denoiser, deepened(held, denoiser), start)
-    second = train_denoiser(denoiser, latents, scale, tokens, out / "denoiser.pth", images, 32, seed)
+    second = train_denoiser(denoiser, latents, scale, tokens, out / "denoiser.pth", images, batch, seed, bf16)
 
     state = {**denoiser.state_dict(), **{f"{FIRST_STAGE}{k}": v for k, v in autoencoder.state_dict().items()}}
     save_atomically({"state_dict": {k: v.half() for k, v in state.items()}}, out / f"{name}.ckpt")
@@ -332,7 +346,8 @@ def main(
     prompts = [captions[i] for i in np.random.default_rng(seed).permutation(len(captions))[:64]]
     (out / f"{name}.yml").write_text(yaml.safe_dump(settings(scale, prompts), sort_keys=False))
     of_stages = f"--start {start.name}" if start is not None else f"--autoencoder-images {autoencoder_images}"
-    command = f"python tools/train_emoji.py {of_stages} --images {images} --seed {seed}"
+    how = f" --batch {batch}" * (batch != 32) + " --bf16" * bf16
+    command = f"python tools/train_emoji.py {of_stages} --images {images}{how} --seed {seed}"
     facts = {
         "pictures": len(pixels),
         "autoencoder_images_seen": before.get("autoencoder_images_seen", autoencoder_images),

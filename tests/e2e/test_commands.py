@@ -29,7 +29,7 @@ def run(name, *arguments, cwd, **environment):
         check=False,
         cwd=cwd,
         env=os.environ
-        | {"OMP_NUM_THREADS": "2", "COLUMNS": "160", "ACCUQUANT_CACHE": str(cwd / "cache")}
+        | {"COLUMNS": "160", "ACCUQUANT_CACHE": str(cwd / "cache")}
         | environment,
     )
 
