@@ -19,7 +19,7 @@ OperatorKind = Literal["conv", "linear", "matmul"]
 TargetName = Literal["cpu", "onnxruntime", "tensorrt"]
 PolicyName = Literal["standard", "integer", "uniform"]
 ContainerName = Literal["packed", "int8"]
-GraphRest = Literal["float32", "float16"]
+GraphRest = Literal["float32", "float16", "bfloat16"]
 Attention = Literal["auto", "float", "quantized"]
 Number = Literal["integer", "float8"]
 
@@ -99,8 +99,8 @@ class QuantScheme(BaseModel):
         for what, bits in (("weights", self.weight_bits), ("activations", self.activation_bits)):
             if 8 < bits < UNQUANTIZED:
                 raise ValueError(f"{bits}-bit {what}; 2 to 8 bits, or 16 for none quantized")
-        if self.weight_bits == UNQUANTIZED and (self.activation_bits != UNQUANTIZED or self.rest != "float16"):
-            raise ValueError("16-bit weights are for graphs that are float16 throughout: --bits fp16 --target tensorrt")
+        if self.weight_bits == UNQUANTIZED and (self.activation_bits != UNQUANTIZED or self.rest == "float32"):
+            raise ValueError("16-bit weights are for graphs of 16 bits throughout: --bits fp16 or bf16, for tensorrt")
         if self.number == "float8" and (self.weight_bits, self.activation_bits) != (8, 8):
             raise ValueError("8-bit floats are 8 bits, for weights and activations")
         if TARGETS[self.target].beyond_integers:
@@ -116,7 +116,7 @@ class QuantScheme(BaseModel):
     @property
     def name(self) -> str:
         if self.nothing_quantized:
-            return "FP16"
+            return "FP16" if self.rest == "float16" else "BF16"
         return "FP8" if self.number == "float8" else f"W{self.weight_bits}A{self.activation_bits}"
 
     @property
@@ -131,7 +131,7 @@ class QuantScheme(BaseModel):
     def described(self) -> str:
         """The policy in words, with what is kept in 8 bits beside it."""
         if self.nothing_quantized:
-            return "float16 throughout"
+            return f"{self.rest} throughout"
         kept = f", up to {self.reserve:.0%} of the weights in 8 bits" if self.reserve and self.weight_bits < 8 else ""
         attention = "" if self.attention_quantized else ", attention products in float"
         tuned = f", {len(self.in_float)} more operators in float" if self.in_float else ""
@@ -183,15 +183,16 @@ class QuantScheme(BaseModel):
 
 
 def parse_precision(text: str) -> dict[str, Any]:
-    """What `--bits` says, as fields of a scheme: "fp8", "fp16", or bits as `parse_bits` reads them.
+    """What `--bits` says, as fields of a scheme: "fp8", "fp16", "bf16", or bits as `parse_bits` reads them.
 
     Raises:
         AccuQuantError: not of that form, or out of range.
     """
     if text.strip().lower() in ("fp8", "float8"):
         return {"weight_bits": 8, "activation_bits": 8, "number": "float8"}
-    if text.strip().lower() in ("fp16", "float16"):
-        return {"weight_bits": UNQUANTIZED, "activation_bits": UNQUANTIZED}
+    for rest, short in (("float16", "fp16"), ("bfloat16", "bf16")):
+        if text.strip().lower() in (rest, short):
+            return {"weight_bits": UNQUANTIZED, "activation_bits": UNQUANTIZED, "rest": rest}
     weight_bits, activation_bits = parse_bits(text)
     return {"weight_bits": weight_bits, "activation_bits": activation_bits}
 
@@ -206,7 +207,7 @@ def parse_bits(text: str) -> tuple[int, int]:
     parts = cleaned.split("/")
     if len(parts) > 2 or not all(p.isdecimal() for p in parts):
         raise AccuQuantError(
-            f"--bits {text!r} is not understood; write weights/activations, such as 4/8 or 8/8, or 4, or fp8, fp16"
+            f"--bits {text!r} is not understood; write weights/activations, such as 4/8 or 8/8, or 4, fp8, fp16, bf16"
         )
     weight, activation = int(parts[0]), int(parts[1]) if len(parts) == 2 else 8
     for what, bits, more in (("weight", weight, ()), ("activation", activation, (UNQUANTIZED,))):

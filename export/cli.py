@@ -33,7 +33,7 @@ from .tuning import Tuning
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A diffusion model's file (.ckpt, .pt, .safetensors) or folder.")],
-    bits: Annotated[str, typer.Option(help="Weights/activations: 8/8, 4/8 (or 4), 4/16, fp8 or fp16.")] = "8/8",
+    bits: Annotated[str, typer.Option(help="Weights/activations: 8/8, 4/8 (or 4), 4/16, fp8, fp16 or bf16.")] = "8/8",
     out: Annotated[Path | None, typer.Option(help="Bundle folder [NAME-w4a8 in this folder].")] = None,
     target: Annotated[str, typer.Option(help="Whose kernels: cpu (OpenVINO), onnxruntime or tensorrt.")] = "cpu",
     preset: Annotated[str, typer.Option(help="Calibration effort: smoke, default or best.")] = "default",
@@ -55,7 +55,7 @@ def export(
     ] = "auto",
     container: Annotated[str, typer.Option(help="Weights of up to 4 bits: packed two to a byte, or int8.")] = "packed",
     rest: Annotated[
-        str, typer.Option(help="What is not integer, for tensorrt: float32 or float16 [float16 there].")
+        str, typer.Option(help="What is not integer, for tensorrt: float32, float16 or bfloat16 [float16 there].")
     ] = "auto",
     group: Annotated[int | None, typer.Option(min=1, help="M, steps simulated before the loss [5].")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="A calibration setting, such as gradient=injected-v.")] = [],  # noqa: B006
@@ -88,16 +88,20 @@ def export(
 ) -> None:
     """Calibrate a checkpoint over several sampling steps and write a low-bit bundle with its proof."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    precision = parse_precision(bits)
+    if rest == "auto":
+        rest = precision.get("rest", "float16" if target == "tensorrt" else "float32")
+    elif rest != precision.get("rest", rest):
+        raise AccuQuantError(f"--bits {bits} --rest {rest}: {bits} says what everything is; leave --rest out")
     scheme = _validated(
         QuantScheme,
-        **parse_precision(bits),
+        **precision | {"rest": rest},
         target=target,
         policy=policy,
         reserve=reserve,
         attention=attention,
         container=container,
         split=split,
-        rest=("float16" if target == "tensorrt" else "float32") if rest == "auto" else rest,
     )
     if preset not in PRESETS:
         raise AccuQuantError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")

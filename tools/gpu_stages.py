@@ -26,7 +26,7 @@ from accuquant.export import build as building
 from accuquant.export.compare import layers_alone, run_chains
 from accuquant.export.facts import versions
 from accuquant.export.layer_parity import ENGINE_LEAST
-from accuquant.export.verify import FLOAT16_REACHES, SQNR_TOLERANCE
+from accuquant.export.verify import REACHES, SQNR_TOLERANCE
 from accuquant.runtime import noise
 from accuquant.runtime.benchmark import steps_of
 from accuquant.runtime.bundle import Bundle
@@ -87,7 +87,7 @@ def machine() -> Findings:
 
 def export(checkpoint: str, bits: str, steps: int, out: str) -> Findings:
     """A bundle for TensorRT, calibrated for as short as makes sense."""
-    scheme = QuantScheme(**parse_precision(bits), target=TARGET, rest="float16")
+    scheme = QuantScheme.model_validate({"target": TARGET, "rest": "float16"} | parse_precision(bits))
     asked = SHORT | ({"trajectories": 1, "iterations": 0} if scheme.nothing_quantized else {})
     request = building.Request(
         Path(checkpoint), Path(out), scheme, CalibrationSpec.model_validate(asked), steps=steps, pictures=4
@@ -144,9 +144,9 @@ def numerics(bundle: str, engine: str, n: int) -> Findings:
     ends = [course.accumulated[-1] for course in (chains.standard, chains.engine)]
     claims = {
         f"SQNR to fp32 is the standard's, to {SQNR_TOLERANCE:g} dB": ours
-        >= min(standard - SQNR_TOLERANCE, FLOAT16_REACHES),
+        >= min(standard - SQNR_TOLERANCE, REACHES["float16"]),
         f"the end of the chain is no more than {END_TOLERANCE:g} times as far from fp32 as the standard's": ends[1]
-        <= max(END_TOLERANCE * ends[0], 10 ** (-FLOAT16_REACHES / 20)),
+        <= max(END_TOLERANCE * ends[0], 10 ** (-REACHES["float16"] / 20)),
     }
     facts = {
         "n": n,

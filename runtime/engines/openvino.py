@@ -31,6 +31,8 @@ class OpenVINOEngine(Engine):
 
     def _compile(self, core: Any) -> None:
         options, model = self.options, core.read_model(self.path)
+        if any(_in_bfloat16(op) for op in model.get_ordered_ops()):
+            raise ValueError("it computes in bfloat16, which this engine gets wrong; it is for TensorRT on a GPU")
         widen_int4(model)
         self.kept_in_float = dict.fromkeys(keep_out(model), SATURATES)
         model.reshape({port: [options.batch, *list(port.partial_shape)[1:]] for port in model.inputs})
@@ -85,6 +87,10 @@ class OpenVINOEngine(Engine):
 
     def close(self) -> None:
         self._request = self._compiled = None
+
+
+def _in_bfloat16(op: Any) -> bool:
+    return op.get_type_name() != "Convert" and any(o.get_element_type() == ov.Type.bf16 for o in op.outputs())
 
 
 def widen_int4(model: Any) -> int:

@@ -64,6 +64,16 @@ def test_8_bit_floats_are_understood(text):
     assert scheme.activation_grid("attention", "matmul") == scheme.weight_grid("body")
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "rest"),
+    [("fp16", "FP16", "float16"), (" Float16", "FP16", "float16"), ("bf16", "BF16", "bfloat16")],
+)
+def test_16_bits_throughout_quantize_nothing(tiny_unet, text, name, rest):
+    scheme = QuantScheme(target="tensorrt", **parse_precision(text))
+    assert (scheme.name, scheme.rest, scheme.described) == (name, rest, f"{rest} throughout")
+    assert not quantize_operators(tiny_unet, scheme, role_of)
+
+
 def test_weights_alone_leave_activations_and_their_products_in_float(tiny_unet):
     scheme = QuantScheme(target="tensorrt", **parse_precision("4/16"))
     assert scheme.name == "W4A16"
@@ -97,8 +107,8 @@ def test_products_of_attention_are_quantized_where_that_wins(tiny_unet, asked, q
         ({"weight_bits": 4, "activation_bits": 16}, "W4A16 is for --target tensorrt; cpu is OpenVINO"),
         ({"weight_bits": 4, "activation_bits": 12}, "12-bit activations; 2 to 8 bits, or 16"),
         ({"weight_bits": 12, "activation_bits": 8}, "12-bit weights; 2 to 8 bits, or 16"),
-        ({"weight_bits": 16, "activation_bits": 8, "target": "tensorrt", "rest": "float16"}, "float16 throughout"),
-        ({"weight_bits": 16, "activation_bits": 16, "target": "tensorrt"}, "--bits fp16 --target tensorrt"),
+        ({"weight_bits": 16, "activation_bits": 8, "target": "tensorrt", "rest": "float16"}, "16 bits throughout"),
+        ({"weight_bits": 16, "activation_bits": 16, "target": "tensorrt"}, "--bits fp16 or bf16, for tensorrt"),
         ({"number": "float8", "weight_bits": 4, "activation_bits": 8, "target": "tensorrt"}, "8-bit floats are 8 bits"),
     ],
 )

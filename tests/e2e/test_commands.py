@@ -28,9 +28,7 @@ def run(name, *arguments, cwd, **environment):
         text=True,
         check=False,
         cwd=cwd,
-        env=os.environ
-        | {"COLUMNS": "160", "ACCUQUANT_CACHE": str(cwd / "cache")}
-        | environment,
+        env=os.environ | {"COLUMNS": "160", "ACCUQUANT_CACHE": str(cwd / "cache")} | environment,
     )
 
 

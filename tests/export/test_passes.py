@@ -1,5 +1,6 @@
 """Every rewrite against its own promise, on the tiny U-Net's real graph."""
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -17,6 +18,7 @@ from accuquant.export.check_target import check_target
 from accuquant.export.graph import operator_nodes, save_graph, trace_float
 from accuquant.export.lower import lower
 from accuquant.export.passes.cast_rest import cast_rest
+from accuquant.export.passes.emulate_bfloat16 import emulate_bfloat16
 from accuquant.export.passes.group_norm_affine import group_norm_affine
 from accuquant.export.passes.insert_qdq import insert_qdq
 from accuquant.export.passes.linear_as_matmul import linear_as_matmul
@@ -271,6 +273,31 @@ def test_the_rest_in_16_bits_is_the_same_network(tiny, tmp_path, to):
     assert alone == {name for name in made.operators if role_of(name) == "time"}  # no latent reaches them
     assert {dtype for name, dtype in computed.items() if name not in alone} == {to}
     check_target(quantized, made.operators, "tensorrt")
+
+
+@pytest.mark.parametrize("bits", [(4, 8), (4, 16), (16, 16)])
+def test_bfloat16_is_emulated_where_no_engine_has_it(tiny, tmp_path, bits):
+    """Nearly what the standard's own execution makes, which adds up in bfloat16 too; and another thing than float32."""
+    from onnx.reference import ReferenceEvaluator
+
+    made = Lowered(tiny, weight_bits=bits[0], activation_bits=bits[1], target="tensorrt", rest="bfloat16")
+    quantized, _ = lower(made.graph, made.recipe, "tensorrt")
+    before = made.run(copy(quantized), tmp_path / "before.onnx")
+    cast_rest(quantized, "bfloat16")
+    kept = quantized.clone()
+    emulated = emulate_bfloat16(quantized)
+    assert [str(n) for n in quantized.graph] == [str(n) for n in kept.graph], "the graph itself stays as it was"
+    values = {v for n in emulated.graph for v in n.outputs if v.dtype == ir.DataType.BFLOAT16}
+    assert values
+    assert {v.producer().op_type for v in values} == {"Cast"}
+    save_graph(quantized, tmp_path / "itself.onnx")
+    feed = {"x": made.teacher.states[1].numpy(), "t": np.full(SAMPLES, made.plan.steps[1].timestep, np.float32)}
+    (standard,) = ReferenceEvaluator(str(tmp_path / "itself.onnx")).run(None, feed)
+    after = made.run(emulated, tmp_path / "emulated.onnx")
+    assert sqnr(before, after) == pytest.approx(sqnr(before, standard), abs=1.5)
+    assert sqnr(standard, after) > sqnr(before, standard) - 1.5
+    np.testing.assert_array_equal(after.astype(ml_dtypes.bfloat16).astype(np.float32), after)
+    assert not np.array_equal(before.astype(ml_dtypes.bfloat16).astype(np.float32), before)
 
 
 @pytest.mark.parametrize("form", [{"split": True}, {"table": 2}])

@@ -80,6 +80,7 @@ def test_an_engine_the_bundle_was_not_made_for_is_seen_to_multiply_in_float(tiny
         ("fp8", ["sm89"], "57 operators at FP8: 47 FP8, 10 looked up"),
         ("4/16", ["sm86"], "49 operators at W4A16: 39 Half, 10 looked up"),
         ("fp16", ["sm86"], "0 operators at FP16: "),
+        ("bf16", ["sm89"], "0 operators at BF16: "),
     ],
 )
 def test_a_bundle_for_tensorrt_compiles_and_samples_here_too(tiny, tmp_path, bits, gpus, got):
@@ -91,13 +92,18 @@ def test_a_bundle_for_tensorrt_compiles_and_samples_here_too(tiny, tmp_path, bit
     asked = Request(
         checkpoint=tiny.save_checkpoint(tmp_path, tiny.unet()),
         out=tmp_path / "bundle",
-        scheme=QuantScheme(target="tensorrt", rest="float16", **parse_precision(bits)),
+        scheme=QuantScheme(**{"target": "tensorrt", "rest": "float16"} | parse_precision(bits)),
         spec=CalibrationSpec(**PRESETS["smoke"]),
         steps=4,
         pictures=4,
     )
     made = build(asked, prepare(asked), lambda *_: None)
     assert made.comparison.psnr.mean() > 15
+    emulated = "bfloat16 emulated" in made.comparison.engine
+    assert emulated == (bits == "bf16")
+    if emulated:  # the bundle holds the graph itself, which nothing runs here
+        done = inspect(made.bundle.folder, "--engine", "openvino")
+        assert "computes in bfloat16" in done.stderr
     done = inspect(made.bundle.folder, "--gpu", ",".join(gpus))
     assert done.returncode == 0, done.stdout + done.stderr
     for gpu in gpus:

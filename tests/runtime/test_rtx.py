@@ -96,9 +96,17 @@ def lowered(model, folder, graph=None, table=1, **scheme):
         {"weight_bits": 4, "activation_bits": 8},
         {"weight_bits": 4, "activation_bits": 8, "container": "int8"},
         {"weight_bits": 4, "activation_bits": 8, "rest": "float16"},
+        {"weight_bits": 4, "activation_bits": 8, "rest": "bfloat16"},
         {"weight_bits": 4, "activation_bits": 6, "policy": "uniform", "split": True, "table": 3},
     ],
-    ids=["w8a8-with-attention", "w4a8", "w4a8-int8-containers", "w4a8-float16-rest", "w4a6-uniform-split-table"],
+    ids=[
+        "w8a8-with-attention",
+        "w4a8",
+        "w4a8-int8-containers",
+        "w4a8-float16-rest",
+        "w4a8-bfloat16-rest",
+        "w4a6-uniform-split-table",
+    ],
 )
 def test_every_operator_of_every_form_is_an_integer_kernel(rtx, scheme, tiny, tiny_checkpoint, tmp_path):
     exported = None if scheme.get("split") else tiny.float_graph()
@@ -164,18 +172,19 @@ def test_weights_alone_are_4_bits_in_memory_and_inside_the_kernels_of_linear_lay
         assert compiled.weights_bytes <= 0.15 * whole
 
 
-def test_the_twin_in_16_bits_is_whole_in_16_bits(rtx, reference_graph, tmp_path):
+@pytest.mark.parametrize(("to", "kernels"), [("float16", "Half"), ("bfloat16", "BFloat16")])
+def test_the_twin_in_16_bits_is_whole_in_16_bits(rtx, reference_graph, tmp_path, to, kernels):
     model = load_model(REFERENCE)
     _, twin, operators = lowered(model, tmp_path, reference_graph, weight_bits=8, activation_bits=8)
     whole = compile_plan(CompileRequest(twin)).weights_bytes
     half = ir.load(twin)
-    cast_rest(half, "float16")
+    cast_rest(half, to)
     save_graph(half, tmp_path / "half.onnx")
     timed = {name for name in operators if model.role_of(name) == "time"}
     for gpu in GPUS:
         compiled = compile_plan(CompileRequest(tmp_path / "half.onnx", gpu))
         got = compiled.precisions(operators)
-        assert {got[name] for name in got.keys() - timed} == {"Half"}, gpu
+        assert {got[name] for name in got.keys() - timed} == {kernels}, gpu
         assert compiled.weights_bytes < 0.6 * whole
 
 
