@@ -12,8 +12,7 @@ from rich.table import Table
 from ..runtime.bundle import Bundle
 from ..runtime.console import bar, command, console, machine_facts
 from ..runtime.files import write_text
-from .compare import Departure, compare
-from .layer_parity import ENGINE_LEAST
+from .compare import LEAST, Departure, compare
 from .verify import SQNR_TOLERANCE
 
 ROWS, WORST = 10, 5  # shown steps and layers
@@ -25,7 +24,7 @@ def compare_(
     n: Annotated[int, typer.Option("-n", "--number", min=1, help="How many chains, all in one batch.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first chain.")] = 0,
     layers: Annotated[int, typer.Option(min=1, help="Steps at which every layer is compared alone.")] = 3,
-    least: Annotated[float, typer.Option(help="dB that a layer must reach on its own input.")] = ENGINE_LEAST,
+    least: Annotated[float, typer.Option(help="dB that a layer must reach on its own input.")] = LEAST,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes, if wanted.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:

@@ -237,7 +237,8 @@ def _alike(layers: Sequence[LayerRow]) -> str:
     if not least:
         return ""
     words = " and the ".join(f"{side} computes every one to at least <b>{db:.0f} dB</b>" for side, db in least.items())
-    return f"Given the simulation's input, the {words} of what calibration simulated."
+    apart = "where no value lies on a rounding boundary"
+    return f"Given the simulation's input, the {words} of what calibration simulated, {apart}."
 
 
 def _tuning(tuning: Tuning) -> str:

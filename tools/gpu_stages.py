@@ -23,9 +23,8 @@ import numpy as np
 from accuquant.calibrate.scheme import QuantScheme, parse_precision
 from accuquant.calibrate.spec import PRESETS, CalibrationSpec
 from accuquant.export import build as building
-from accuquant.export.compare import layers_alone, run_chains
+from accuquant.export.compare import LEAST, layers_alone, run_chains
 from accuquant.export.facts import versions
-from accuquant.export.layer_parity import ENGINE_LEAST
 from accuquant.export.verify import REACHES, SQNR_TOLERANCE
 from accuquant.runtime import noise
 from accuquant.runtime.benchmark import steps_of
@@ -173,9 +172,9 @@ def layers(bundle: str, engine: str, n: int) -> Findings:
     for i, step in enumerate(opened.plan.steps[1:], 1):
         states[i] = states[i] * np.float32(step.input_scale)
     found = layers_alone(opened, engine, range(n), states, 3, lambda *_: None)
-    departing = {name: {"db": db, "step": step} for name, (db, step) in found.items() if not db >= ENGINE_LEAST}
+    departing = {name: {"db": db, "step": step} for name, (db, step) in found.items() if not db >= LEAST}
     worst = min((db for db, _ in found.values()), default=None)
-    claim = f"every layer computes what the standard does from its input, to {ENGINE_LEAST:g} dB"
+    claim = f"every layer computes what the standard does from its input, to {LEAST:g} dB"
     facts = {"n": n, "layers": len(found), "worst_db": worst, "departing": departing}
     return Findings({claim: not departing} if found else {}, facts)
 

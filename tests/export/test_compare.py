@@ -8,7 +8,6 @@ import onnx_ir as ir
 import pytest
 from accuquant.export import cli_compare, compare
 from accuquant.export.graph import save_graph
-from accuquant.export.layer_parity import ENGINE_LEAST
 from accuquant.runtime.engines import ENGINES, open_engine
 
 BROKEN = "mid.block_1.conv2"
@@ -40,7 +39,7 @@ def run(bundle, monkeypatch, *arguments):
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_engines_compute_what_the_graph_says(tiny_bundle, engine):
     found = compare.compare(tiny_bundle, engine, range(4), 3, lambda *_: None)
-    assert found.first(ENGINE_LEAST) is None
+    assert found.first(compare.LEAST) is None
     computed = {name for name, facts in tiny_bundle.manifest.operators.items() if not facts.in_table}
     assert found.layers.keys() == computed
     steps = len(tiny_bundle.plan)

@@ -18,7 +18,7 @@ from accuquant.calibrate.splits import find_splits
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import simulate
 from accuquant.export.graph import operator_nodes, save_graph, trace_float
-from accuquant.export.layer_parity import ENGINE_LEAST, LEAST, check_layers, form_of, layer_parity, reference
+from accuquant.export.layer_parity import LEAST, check_layers, form_of, layer_parity, reference
 from accuquant.export.lower import lower
 from accuquant.export.places import operator_places
 from accuquant.runtime.engines import open_engine
@@ -72,16 +72,13 @@ def lowered(request, tiny, tmp_path_factory):
 def test_the_reference_computes_every_layer_as_the_simulation_does(lowered):
     parity = lowered.parity()
     assert parity.keys() == lowered.operators.keys()
-    # Float32 in another order; where a result is rounded again, one flip among few numbers.
-    written = {name for name, operator in lowered.operators.items() if operator.output is not None}
-    assert min(db for name, db in parity.items() if name not in written) > 100
-    assert min(parity.values()) > LEAST
+    assert min(parity.values()) > 100  # float32 in another order; ties are left out
 
 
 def test_the_engine_computes_every_layer_as_the_simulation_does(lowered):
     if lowered.scheme.target == "tensorrt":
         pytest.skip("a graph for TensorRT is not run on CPUs")
-    check_layers(lowered.parity(partial(open_engine, target=lowered.scheme.target)), "the engine", ENGINE_LEAST)
+    check_layers(lowered.parity(partial(open_engine, target=lowered.scheme.target)), "the engine")
 
 
 def test_operators_come_in_the_order_of_the_graph(lowered):
