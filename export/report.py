@@ -205,7 +205,7 @@ def _layers(layers: Sequence[LayerRow]) -> str:
         )
         for row in layers
     )
-    table = _table("", (*heads, "reference", "engine"), rows, "layers")
+    table = _table("", heads, rows, "layers")
     return f"<p>{_counted(layers)} {_alike(layers)}</p>\n<div class='scroll'>{table}</div>"
 
 

@@ -61,8 +61,11 @@ def judge(
         precision = LOOKED_UP if facts.in_table else got.get(name, "")
         if not precision:
             why = kept_in_float.get(name, "no kernel of that name: the engine reports none, or fused it away")
-        elif precision in {*LOW_BIT, LOOKED_UP} or not facts.inputs:
+        elif precision == LOOKED_UP or not facts.inputs:
             why = ""
+        elif precision in LOW_BIT:
+            alike = (precision == "FP8") == (number == "fp")
+            why = "" if alike else "the engine multiplies other numbers than were calibrated"
         else:
             why = kept_in_float.get(name, "the engine left its Q/DQ unfused and multiplies in float")
         asked = ", ".join([*weights, *([" x ".join(facts.inputs)] if facts.inputs else [])])

@@ -1,8 +1,9 @@
 """OpenVINO on the CPU: the default engine, because it fuses our Q/DQ graph wholly into int8 kernels.
 
-The graph is read as it is, with two changes: 4-bit weight constants are widened to int8, same values - there is no
-4-bit arithmetic on CPUs, and left at 4 bits OpenVINO decompresses such weights and computes in float - and on CPUs
-whose integer products saturate, operators that could get there are kept out of its fusion (saturation.py).
+The graph is read as it is, with three changes: 4-bit weight constants are widened to int8, same values - there is no
+4-bit arithmetic on CPUs, and left at 4 bits OpenVINO decompresses such weights and computes in float; signed codes are
+kept from a fusion that loses their sign; and on CPUs whose integer products saturate, operators that could get there
+are kept out of its fusion (saturation.py).
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,9 @@ import openvino as ov
 
 from ..errors import AccuQuantError
 from .base import Engine, EngineOptions, Kernel, Port, Rest
-from .saturation import SATURATES, keep_out
+from .saturation import SATURATES, keep_out, leave_alone
+
+ELEMENTWISE = frozenset({"Clamp", "Maximum", "Minimum", "Multiply", "Relu"})  # through which a Concat is seen
 
 
 class OpenVINOEngine(Engine):
@@ -34,6 +37,7 @@ class OpenVINOEngine(Engine):
         if any(_in_bfloat16(op) for op in model.get_ordered_ops()):
             raise ValueError("it computes in bfloat16, which this engine gets wrong; it is for TensorRT on a GPU")
         widen_int4(model)
+        keep_signs(model)
         self.kept_in_float = dict.fromkeys(keep_out(model), SATURATES)
         model.reshape({port: [options.batch, *list(port.partial_shape)[1:]] for port in model.inputs})
         settings: dict[str, Any] = {
@@ -91,6 +95,25 @@ class OpenVINOEngine(Engine):
 
 def _in_bfloat16(op: Any) -> bool:
     return op.get_type_name() != "Convert" and any(o.get_element_type() == ov.Type.bf16 for o in op.outputs())
+
+
+def keep_signs(model: Any) -> int:
+    """Put a node that changes nothing before signed quantizers behind a Concat; returns how many.
+
+    OpenVINO 2026.4 moves such a quantizer into the Concat and loses the codes' sign, but on CPUs with AMX. Graphs for
+    the cpu target have none; those for TensorRT have.
+    """
+    found = 0
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "FakeQuantize" or np.min(op.input_value(3).get_node().data) >= 0:
+            continue
+        above = op.input_value(0).get_node()
+        while above.get_type_name() in ELEMENTWISE:
+            above = above.input_value(0).get_node()
+        if above.get_type_name() == "Concat":
+            leave_alone(op)
+            found += 1
+    return found
 
 
 def widen_int4(model: Any) -> int:

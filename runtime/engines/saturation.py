@@ -44,12 +44,16 @@ def keep_out(model: Any) -> list[str]:
         return []
     found = [node for node, codes in dequantized if _largest(codes) > LARGEST]
     for node in found:
-        # It changes no value, and dequantization is not moved across it.
-        kind = node.get_input_element_type(0).to_dtype()
-        between = opset13.maximum(node.input_value(0), opset13.constant(np.finfo(kind).min, kind))
-        node.input(0).replace_source_output(between.output(0))
+        leave_alone(node)
     # OpenVINO's reader calls a convolution that had a bias NAME/WithoutBiases.
     return [node.get_friendly_name().partition("/")[0] for node in found]
+
+
+def leave_alone(node: Any) -> None:
+    """Put a Maximum before its first input: it changes no value, and OpenVINO moves no quantization across it."""
+    kind = node.get_input_element_type(0).to_dtype()
+    between = opset13.maximum(node.input_value(0), opset13.constant(np.finfo(kind).min, kind))
+    node.input(0).replace_source_output(between.output(0))
 
 
 def _second_codes(node: Any) -> Any:

@@ -27,6 +27,7 @@ class Limits:
     body_seconds: float = 10.0
     kept_bytes: int = 64 * 2**20
     kept_seconds: float = 600.0
+    addresses: bool = True  # of pictures, beside b64_json
 
 
 class Server:
@@ -82,6 +83,9 @@ class Server:
         if asked.n > self.limits.pictures:
             most = self.limits.pictures
             raise ApiError(400, f"n is {asked.n}; at most {most} pictures a request", parameter="n", code="too_many")
+        if asked.response_format == "url" and not self.limits.addresses:
+            said = "pictures have no addresses here, where several servers answer; take b64_json"
+            raise ApiError(400, said, parameter="response_format")
         if asked.stream and asked.response_format == "url":
             raise ApiError(400, "streams carry b64_json; leave response_format out", parameter="response_format")
         try:
