@@ -12,7 +12,7 @@ from rich.table import Table
 from ..runtime.bundle import Bundle
 from ..runtime.console import bar, command, console, machine_facts
 from ..runtime.files import write_text
-from .compare import LEAST, Departure, compare
+from .compare import LEAST, LEAST_IN_16_BITS, Departure, compare, expected_of
 from .verify import SQNR_TOLERANCE
 
 ROWS, WORST = 10, 5  # shown steps and layers
@@ -24,12 +24,16 @@ def compare_(
     n: Annotated[int, typer.Option("-n", "--number", min=1, help="How many chains, all in one batch.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first chain.")] = 0,
     layers: Annotated[int, typer.Option(min=1, help="Steps at which every layer is compared alone.")] = 3,
-    least: Annotated[float, typer.Option(help="dB that a layer must reach on its own input.")] = LEAST,
+    least: Annotated[
+        float | None,
+        typer.Option(help=f"dB of a layer on its own input [{LEAST:g}; of graphs in 16 bits {LEAST_IN_16_BITS:g}]."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes, if wanted.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Hold an engine against the ONNX standard along the chain. Exit code 2 if they part, naming the first layer."""
     opened = Bundle(bundle)
+    least = expected_of(opened) if least is None else least
     with bar() as show:
         found = compare(
             opened, engine, range(seed, seed + n), layers, lambda done, total: show("comparing", done, total, "")

@@ -64,7 +64,7 @@ def judge(
         elif precision == LOOKED_UP or not facts.inputs:
             why = ""
         elif precision in LOW_BIT:
-            alike = (precision == "FP8") == (number == "fp")
+            alike = (precision == "FP8") == facts.inputs[0].startswith("fp")
             why = "" if alike else "the engine multiplies other numbers than were calibrated"
         else:
             why = kept_in_float.get(name, "the engine left its Q/DQ unfused and multiplies in float")

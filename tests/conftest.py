@@ -13,6 +13,7 @@ import torch
 from accuquant.calibrate.trajectory import NOTHING
 from accuquant.export import build as building
 from accuquant.runtime.bundle import Bundle
+from accuquant.runtime.engines.compile_plan import installed
 from filelock import FileLock
 from hypothesis import settings
 
@@ -187,3 +188,11 @@ def class_bundle(tiny, once):
 def text_bundle(text_model, once):
     """A guided, latent text-to-image model as a bundle."""
     return once("text", text_model.export)
+
+
+@pytest.fixture(scope="session")
+def rtx() -> None:
+    """Skips where the compiler is missing; where everything is expected to be installed, its absence is a failure."""
+    if not installed():
+        reason = "TensorRT-RTX is not installed (pip install 'accuquant[rtx]')"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)

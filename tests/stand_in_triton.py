@@ -1,5 +1,7 @@
 """Triton's `triton_python_backend_utils`, which its server alone has: what our model uses of it, and requests."""
 
+from typing import ClassVar
+
 import numpy as np
 
 TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
@@ -13,8 +15,16 @@ class Tensor:
         return self.array
 
 
+class Logger:
+    errors: ClassVar[list[str]] = []
+
+    @classmethod
+    def log_error(cls, message):
+        cls.errors.append(message)
+
+
 class TritonError:
-    INVALID_ARG, CANCELLED = "invalid", "cancelled"
+    INVALID_ARG, INTERNAL, CANCELLED = "invalid", "internal", "cancelled"
 
     def __init__(self, message, code):
         self.message, self.code = message, code
@@ -29,7 +39,7 @@ class Request:
     """Inputs by name, a list of one value for every picture; it keeps the responses of a decoupled model."""
 
     def __init__(self, cancelled=False, **inputs):
-        types = {"seed": np.uint64, "class": np.int64, "guidance": np.float32}
+        types = {"seed": np.uint64, "class": np.int64, "guidance": np.float32, "steps": np.int32}
         self.inputs = {
             name: Tensor(name, np.array(values, types.get(name, object)).reshape(-1, 1))
             for name, values in inputs.items()

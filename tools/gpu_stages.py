@@ -23,7 +23,7 @@ import numpy as np
 from accuquant.calibrate.scheme import QuantScheme, parse_precision
 from accuquant.calibrate.spec import PRESETS, CalibrationSpec
 from accuquant.export import build as building
-from accuquant.export.compare import LEAST, layers_alone, run_chains
+from accuquant.export.compare import LEAST_IN_16_BITS, layers_alone, run_chains
 from accuquant.export.facts import versions
 from accuquant.export.verify import REACHES, SQNR_TOLERANCE
 from accuquant.runtime import noise
@@ -172,9 +172,9 @@ def layers(bundle: str, engine: str, n: int) -> Findings:
     for i, step in enumerate(opened.plan.steps[1:], 1):
         states[i] = states[i] * np.float32(step.input_scale)
     found = layers_alone(opened, engine, range(n), states, 3, lambda *_: None)
-    departing = {name: {"db": db, "step": step} for name, (db, step) in found.items() if not db >= LEAST}
+    departing = {name: {"db": db, "step": step} for name, (db, step) in found.items() if not db >= LEAST_IN_16_BITS}
     worst = min((db for db, _ in found.values()), default=None)
-    claim = f"every layer computes what the standard does from its input, to {LEAST:g} dB"
+    claim = f"every layer computes what the standard does from its input, to {LEAST_IN_16_BITS:g} dB"
     facts = {"n": n, "layers": len(found), "worst_db": worst, "departing": departing}
     return Findings({claim: not departing} if found else {}, facts)
 

@@ -20,6 +20,7 @@ def triton(
     instances: Annotated[int, typer.Option(min=1, help="Processes that sample at once, on GPUs: on each.")] = 1,
     delay_ms: Annotated[float, typer.Option(min=0, help="How long a request waits for others to join it.")] = 10.0,
     queue: Annotated[int, typer.Option(min=1, help="Waiting requests; more are refused.")] = 64,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds a request may wait before it is refused.")] = 60.0,
     guidance: Annotated[
         float | None, typer.Option(help="Where a request names none; 1: none can be had [the bundle's].")
     ] = None,
@@ -39,7 +40,8 @@ def triton(
     opened = Bundle(bundle)
     serving = Serving(
         name=name or bundle.resolve().name, batch=batch, instances=instances, delay=delay_ms / 1e3, queue=queue,
-        threads=threads, engine=engine, guidance=guidance, previews=previews, denoiser=denoiser, plans=_plans(plan),
+        deadline=deadline, threads=threads, engine=engine, guidance=guidance, previews=previews, denoiser=denoiser,
+        plans=_plans(plan),
     )  # fmt: skip
     for version in write_repository(opened, out, serving):
         console.print(f"{version.parent.name}, version {version.name}")

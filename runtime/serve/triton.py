@@ -38,8 +38,9 @@ class Serving:
 
     Every call computes `batch` rows, since an engine of another batch might round otherwise: with one batch for all, a
     picture is the same whoever else is in it. Requests wait `delay` seconds at most for others to join them; more than
-    `queue` waiting ones are refused. `previews` is the number of steps between two of them, 0: no such model. `plans`
-    are TensorRT's, by compute capability; the denoiser then runs on those instead of ONNX Runtime.
+    `queue` waiting ones are refused, and those that were not begun within `deadline` seconds. `previews` is the number
+    of steps between two of them, 0: no such model. `plans` are TensorRT's, by compute capability; the denoiser then
+    runs on those instead of ONNX Runtime.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Serving:
     instances: int = 1
     delay: float = 0.01
     queue: int = 64
+    deadline: float = 60.0
     threads: int = 0
     engine: str = "auto"
     guidance: float | None = None
@@ -150,7 +152,11 @@ def _common(bundle: Bundle, name: str, serving: Serving) -> dict[str, Any]:
         "instance_group": [{"count": serving.instances, "kind": Word("KIND_GPU" if on_gpu else "KIND_CPU")}],
         "dynamic_batching": {
             "max_queue_delay_microseconds": round(serving.delay * 1e6),
-            "default_queue_policy": {"max_queue_size": serving.queue, "allow_timeout_override": True},
+            "default_queue_policy": {
+                "max_queue_size": serving.queue,
+                "default_timeout_microseconds": round(serving.deadline * 1e6),
+                "allow_timeout_override": True,
+            },
         },
     }
 
@@ -158,7 +164,7 @@ def _common(bundle: Bundle, name: str, serving: Serving) -> dict[str, Any]:
 def _wishes(bundle: Bundle, guided: bool) -> list[dict[str, Any]]:
     """The sampler's inputs: a seed, and what else this network can be asked for."""
     known = bundle.manifest.conditioning
-    optional = {}
+    optional = {"steps": "TYPE_INT32"}
     if isinstance(known, ByClass):
         optional["class"] = "TYPE_INT64"
     if isinstance(known, ByText):

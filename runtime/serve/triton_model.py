@@ -19,6 +19,7 @@ from ..pipeline import Pipeline
 from .together import merged
 
 OPTIONAL = {"class": "classes", "prompt": "prompts", "negative_prompt": "unwanted", "guidance": "guidance"}
+STEPS = "steps"
 Send = Callable[[int, np.ndarray, int], None]  # to which request, its pictures, steps done
 
 
@@ -65,9 +66,9 @@ class TritonPythonModel:
         except CancelledError:  # nobody waits for this batch any more
             for k in range(len(requests)):
                 fail(k, _error("the request was cancelled", pb.TritonError.CANCELLED))
-        except AccuQuantError as error:
+        except Exception as error:  # of a neighbour's request, perhaps; the server and the others go on
             if len(requests) == 1:
-                fail(0, _error(str(error), pb.TritonError.INVALID_ARG))
+                fail(0, _refusal(error))
                 return
             for k, request in enumerate(requests):
                 self._answer(
@@ -77,7 +78,7 @@ class TritonPythonModel:
                 )
 
     def _paint(self, requests: Sequence[Any], send: Send) -> None:
-        asked = [_wishes(request) for request in requests]
+        asked = [_wishes(request, len(self._pipeline.plan)) for request in requests]
         ends = np.cumsum([len(wishes["seeds"]) for wishes in asked])
         rows = [slice(end - len(wishes["seeds"]), end) for wishes, end in zip(asked, ends, strict=True)]
         pipeline, plan = self._pipeline, self._pipeline.plan
@@ -95,8 +96,14 @@ class TritonPythonModel:
             send(k, pictures[row], len(plan))
 
 
-def _wishes(request: Any) -> dict[str, list[Any]]:
-    """A request's rows, under the names of `generate`'s arguments."""
+def _wishes(request: Any, steps: int) -> dict[str, list[Any]]:
+    """A request's rows, under the names of `generate`'s arguments; `steps` is what the bundle's plan takes."""
+    if (given := pb.get_input_tensor_by_name(request, STEPS)) is not None:
+        wrong = [asked for asked in given.as_numpy().ravel().tolist() if asked != steps]
+        if wrong:
+            raise AccuQuantError(
+                f"{wrong[0]} steps; the bundle was calibrated for {steps}: export another one with --steps"
+            )
     seeds = pb.get_input_tensor_by_name(request, "seed").as_numpy().ravel()
     found: dict[str, list[Any]] = {"seeds": [int(seed) for seed in seeds]}
     for tensor, argument in OPTIONAL.items():
@@ -116,6 +123,14 @@ def _response(pictures: np.ndarray, step: int | None = None) -> Any:
     if step is not None:
         tensors.append(pb.Tensor("step", np.full((len(pictures), 1), step, np.int32)))
     return pb.InferenceResponse(output_tensors=tensors)
+
+
+def _refusal(error: Exception) -> Any:
+    """In our own words, or, as others' may name files of this machine, in the server's log."""
+    if isinstance(error, AccuQuantError):
+        return _error(str(error), pb.TritonError.INVALID_ARG)
+    pb.Logger.log_error(f"painting failed: {error!r}")
+    return _error("the engine failed; the server's log says how", pb.TritonError.INTERNAL)
 
 
 def _error(message: str, code: Any) -> Any:

@@ -22,7 +22,7 @@ from accuquant.export.passes.cast_rest import cast_rest
 from accuquant.export.verify import check_graph, check_parity
 from accuquant.runtime.engines import open_engine
 from accuquant.runtime.engines.base import EngineOptions
-from accuquant.runtime.engines.compile_plan import CompileRequest, compile_plan, installed
+from accuquant.runtime.engines.compile_plan import CompileRequest, compile_plan
 from accuquant.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from accuquant.runtime.errors import AccuQuantError
 from torch import nn
@@ -143,7 +143,7 @@ def test_a_conditional_graph_computes_the_rest_in_16_bits(tiny, text, tmp_path):
     assert np.square(out - wanted).sum() < 0.01 * np.square(wanted).sum()
 
 
-@pytest.mark.skipif(not installed(), reason="TensorRT-RTX is not installed (pip install 'accuquant[rtx]')")
+@pytest.mark.usefixtures("rtx")
 def test_a_conditional_graph_compiles_to_integer_kernels(tiny, text, tmp_path):
     case = Text(tiny, "tensorrt", text.graph)
     quantized, _ = lower(case.graph, case.recipe, "tensorrt")

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 from accuquant.runtime.bundle import OperatorFacts
 from accuquant.runtime.engines.base import Kernel
-from accuquant.runtime.engines.compile_plan import installed
 from accuquant.runtime.engines.saturation import saturates
 from accuquant.runtime.inspection import judge, operator_precisions
 
@@ -72,7 +71,7 @@ def test_an_engine_the_bundle_was_not_made_for_is_seen_to_multiply_in_float(tiny
     assert "multiplies in float" in done.stdout
 
 
-@pytest.mark.skipif(not installed(), reason="TensorRT-RTX is not installed (pip install 'accuquant[rtx]')")
+@pytest.mark.usefixtures("rtx")
 @pytest.mark.parametrize(
     ("bits", "gpus", "got"),
     [
@@ -125,7 +124,7 @@ def test_batches_that_make_no_sense_are_refused(tiny_bundle, batch):
     assert "write three rising numbers" in done.stderr
 
 
-@pytest.mark.skipif(not installed(), reason="TensorRT-RTX is not installed (pip install 'accuquant[rtx]')")
+@pytest.mark.usefixtures("rtx")
 def test_a_bundle_for_cpus_is_refused_by_the_compiler_in_its_own_words(tiny_bundle):
     done = inspect(tiny_bundle.folder, "--gpu", "sm89")
     assert done.returncode == 1

@@ -61,19 +61,20 @@ def inputs(config):
 
 
 def test_configurations_say_what_can_be_asked(tiny_bundle, class_bundle, text_bundle, tmp_path):
-    plain = written(tiny_bundle, tmp_path / "plain", instances=2, delay=0.05, queue=9)["m"]
-    assert inputs(plain) == {"seed": ("TYPE_UINT64", [1], False)}
+    plain = written(tiny_bundle, tmp_path / "plain", instances=2, delay=0.05, queue=9, deadline=2.5)["m"]
+    assert inputs(plain) == {"seed": ("TYPE_UINT64", [1], False), "steps": ("TYPE_INT32", [1], True)}
     assert plain["output"][0]["dims"] == [8, 8, 1]
     assert plain["max_batch_size"] == [BATCH]
     assert plain["instance_group"] == [{"count": [2], "kind": ["KIND_CPU"]}]
     batching = plain["dynamic_batching"][0]
     assert batching["max_queue_delay_microseconds"] == [50_000]
     assert batching["default_queue_policy"][0]["max_queue_size"] == [9]
+    assert batching["default_queue_policy"][0]["default_timeout_microseconds"] == [2_500_000]
     assert plain["version_policy"] == [{"latest": [{"num_versions": [1]}]}]
     assert plain["model_warmup"][0]["inputs"][0]["key"] == ["seed"]
     of_classes = written(class_bundle, tmp_path / "classes")["m"]
-    assert inputs(of_classes).keys() == {"seed", "class", "guidance"}
-    assert inputs(written(class_bundle, tmp_path / "free", guidance=1.0)["m"]).keys() == {"seed", "class"}
+    assert inputs(of_classes).keys() == {"seed", "steps", "class", "guidance"}
+    assert inputs(written(class_bundle, tmp_path / "free", guidance=1.0)["m"]).keys() == {"seed", "steps", "class"}
     of_text = written(text_bundle, tmp_path / "text")["m"]
     assert inputs(of_text)["negative_prompt"] == ("TYPE_STRING", [1], True)
     assert of_text["output"][0]["dims"] == [16, 16, 3]
@@ -180,6 +181,35 @@ def test_one_that_cannot_be_fulfilled_fails_alone(loaded, backend, class_bundle)
     assert "class 99 is out of range; the network knows 0 to 3" in answers[1].error.message
     for k, c in ((0, 0), (2, 2)):
         np.testing.assert_array_equal(answers[k].outputs["picture"], alone(class_bundle, [1], classes=[c]))
+
+
+def test_other_steps_than_the_bundles_are_refused_in_words(loaded, backend, tiny_bundle):
+    steps = len(tiny_bundle.plan)
+    right, wrong = loaded(tiny_bundle).execute([backend.Request(seed=[1], steps=[n]) for n in (steps, steps + 1)])
+    np.testing.assert_array_equal(right.outputs["picture"], alone(tiny_bundle, [1]))
+    assert wrong.error.code == "invalid"
+    assert f"{steps + 1} steps; the bundle was calibrated for {steps}" in wrong.error.message
+
+
+@pytest.mark.parametrize("previews", [0, 2])
+def test_an_engine_that_fails_for_one_fails_for_no_other(loaded, backend, tiny_bundle, monkeypatch, previews):
+    """And what it said of this machine stays in the log."""
+    generate = Pipeline.generate
+
+    def fragile(self, seeds, **named):
+        if 666 in seeds:
+            raise RuntimeError("/home/somebody/model.onnx")
+        return generate(self, seeds, **named)
+
+    monkeypatch.setattr(Pipeline, "generate", fragile)
+    requests = [backend.Request(seed=[seed]) for seed in (1, 666, 2)]
+    answers = loaded(tiny_bundle, previews=previews).execute(requests) or [request.sent[-1] for request in requests]
+    assert answers[1].error.code == "internal"
+    assert "somebody" not in answers[1].error.message
+    assert "somebody" in backend.Logger.errors[-1]
+    for k, seed in ((0, 1), (2, 2)):
+        np.testing.assert_array_equal(answers[k].outputs["picture"], alone(tiny_bundle, [seed]))
+    assert not previews or all(request.ended for request in requests)
 
 
 def test_previews_come_every_few_steps_and_the_picture_last(loaded, backend, tiny_bundle):
