@@ -10,11 +10,13 @@ from accuquant.calibrate.scheme import QuantScheme
 from accuquant.calibrate.spec import PRESETS, CalibrationSpec
 from accuquant.calibrate.trajectory import simulate
 from accuquant.export.build import build, prepare
-from accuquant.export.verify import SQNR_TOLERANCE, sqnr
+from accuquant.export.verify import sqnr
 from accuquant.runtime import cli_sample
 from accuquant.runtime.engines.saturation import saturates
 from accuquant.runtime.inspection import LOW_BIT
 from accuquant.runtime.pipeline import Pipeline
+
+TOLERANCE = 1.0  # dB between whole runs
 
 
 @pytest.mark.slow
@@ -45,7 +47,7 @@ def test_a_folder_becomes_pictures_in_integers(name, folders, formula, tmp_path,
             sides.append(simulate(*arguments).states[-1].numpy().astype(np.float64))
     with Pipeline(made.bundle, batch=2) as pipeline:
         latents = pipeline.generate(seeds)
-    assert sqnr(sides[0], latents) > sqnr(*sides) - SQNR_TOLERANCE
+    assert sqnr(sides[0], latents) > sqnr(*sides) - TOLERANCE
 
     given = ["--conditions", str(asked.conditions)] if asked.conditions else ["--class", "0,1"]
     command = ["x", str(made.bundle.folder), "-n", "2", *given, "--out", str(tmp_path / "made.npy")]

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from accuquant.calibrate.lora import Lora
 from accuquant.calibrate.recipe import Recipe
@@ -115,6 +116,68 @@ def test_failure_during_export_leaves_nothing_that_looks_finished(request_for, m
     request = request_for()
     with pytest.raises(AccuQuantError, match="No space left on device"):
         build(request, prepare(request), quiet)
+    assert not request.out.exists()
+    assert not list(request.out.parent.glob("*.part"))
+
+
+def misfit(monkeypatch):
+    """A recipe that has no scales for one of the operators."""
+    real = build_module.freeze
+
+    def freeze(*arguments):
+        recipe = real(*arguments)
+        del recipe.codes["mid.block_1.conv1"]
+        return recipe
+
+    monkeypatch.setattr(build_module, "freeze", freeze)
+
+
+def scale_of(value):
+    def spoil(monkeypatch):
+        real = build_module.calibrate
+
+        def calibrate(network, operators, *arguments, **named):
+            found = real(network, operators, *arguments, **named)
+            quantizer = operators["mid.block_1.conv1"].input_quantizers[0]
+            quantizer.log_scale.data.fill_(value)
+            return found
+
+        monkeypatch.setattr(build_module, "calibrate", calibrate)
+
+    return spoil
+
+
+def unsupported(monkeypatch):
+    """An operator that the target cannot take, as a rule of its checker would say."""
+    real = build_module.lower
+
+    def lower(*arguments):
+        quantized, twin = real(*arguments)
+        for node in quantized.graph:
+            if node.name == "mid.block_1.conv1":
+                scale = node.inputs[0].producer().inputs[1]
+                scale.const_value = ir.tensor(np.full(2, 0.1, np.float32), name=scale.name)
+        return quantized, twin
+
+    monkeypatch.setattr(build_module, "lower", lower)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (misfit, "mid.block_1.conv1"),
+        (scale_of(float("nan")), "mid.block_1.conv1"),
+        (scale_of(float("inf")), "mid.block_1.conv1"),
+        (unsupported, "mid.block_1.conv1"),
+    ],
+    ids=["misfit", "nan", "inf", "unsupported"],
+)
+def test_what_is_wrong_is_named_and_no_bundle_is_left(request_for, monkeypatch, spoil, said):
+    spoil(monkeypatch)
+    request = request_for(spec=CalibrationSpec(**PRESETS["smoke"] | {"iterations": 0, "trajectories": 2}))
+    prepared = prepare(request)
+    with pytest.raises(AccuQuantError, match=said):
+        build(request, prepared, quiet)
     assert not request.out.exists()
     assert not list(request.out.parent.glob("*.part"))
 
