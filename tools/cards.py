@@ -65,7 +65,7 @@ autoencoder of factor 4 ({size["autoencoder"]}). `emoji-ldm.ckpt` is the average
 A caption may end in `, noto` or `, flat`, which asks for a style.
 {_recalled(results)}
 Intended use: a small real model to calibrate, export and play with. It knows the names of emoji, without people and
-flags, and no other words. It is young: hearts, faces and simple things are recognisable, finer drawings are not yet;
+flags, and no other words. Most of the prompts above are recognisable, drawings with many parts (the pizza) are not;
 `tools/train_emoji.py --start` goes on from it.
 """
 

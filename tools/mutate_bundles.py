@@ -16,6 +16,7 @@ from accuquant.runtime.bundle import Manifest, describe, describe_rest, save_man
 from accuquant.runtime.files import sha256
 from accuquant.runtime.plan import PlanStep, SamplingPlan
 from accuquant.runtime.rows import Rows, save_rows
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 
 CHANGED = {"manifest": ("manifest.json",), "plan": ("plan.json",), "graph": ("denoiser.onnx", "twin.onnx")}
@@ -187,11 +188,10 @@ class Mutations:
         return list(self._originals.values())
 
     def changed(self, data: bytes, source: random.Random) -> bytes:
-        if self.kind == "graph":
-            return changed_graph(data, source)
         try:
-            return changed_json(json.loads(data), source)
-        except (ValueError, RecursionError):  # of a mutation's mutation, which need not be JSON any more
+            return changed_graph(data, source) if self.kind == "graph" else changed_json(json.loads(data), source)
+        # Of a mutation's mutation, which need not be JSON or a graph any more, or have nothing left to change.
+        except (ValueError, RecursionError, IndexError, DecodeError):
             return noise(data, source)
 
     def write(self, source: random.Random) -> None:

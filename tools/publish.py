@@ -32,7 +32,6 @@ HEADINGS = {
     "sharing": "One set of activation parameters, or one for each stretch of the chain",
     "learned": "What is learned beside activation parameters",
 }
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def machine(facts: dict[str, str]) -> str:
@@ -242,19 +241,56 @@ def kernels(row: dict[str, Any]) -> str:
     return ran + "".join(f" ({count}: {why})" for why, count in row["kept_in_float"].items())
 
 
-def emoji_results(report: dict[str, Any]) -> str:
-    """The same prompts by every precision, and the numbers."""
+def emoji_sheets(report: dict[str, Any], folder: str) -> str:
+    """The same prompts by every precision; the sheets lie in `folder`."""
     sides = list(report["sides"])
     lines = [
         "| " + " | ".join(sides) + " |",
         "|" + "---|" * len(sides),
-        "| " + " | ".join(f"![{side}](emoji-{side.lower()}.png)" for side in sides) + " |",
+        "| " + " | ".join(f"![{side}]({folder}emoji-{side.lower()}.png)" for side in sides) + " |",
         "",
         f"The same seeds under {', '.join(report['sheet'])}.",
-        "",
-        emoji_table(report),
     ]
     return "\n".join(lines)
+
+
+def emoji_results(report: dict[str, Any]) -> str:
+    """The sheets and the numbers."""
+    return f"{emoji_sheets(report, '')}\n\n{emoji_table(report)}"
+
+
+def soak_table(report: dict[str, Any]) -> str:
+    """One closed loop over hours against the HTTP server, as markdown."""
+    lines = [
+        "| | requests | answered | pictures/s | p50 | p95 | p99 | memory | rises |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in report["results"]:
+        took, memory, line = row["accepted_seconds"], row["memory_mib"], row["memory_line"]
+        answered = ", ".join(f"{count} x {status}" for status, count in row["statuses"].items())
+        lines.append(
+            f"| {row['lasted_seconds'] / 60:.0f} min, {row['phase']} | {row['requests']} | {answered} "
+            f"| {row['pictures_per_second']:.2f} | {took['p50']:.2f} s | {took['p95']:.2f} s | {took['p99']:.2f} s "
+            f"| {memory[0]:.0f} to {memory[-1]:.0f} MiB | {line['mib_per_hour']:.2f} MiB/h |"
+        )
+    bundle, settings = report["bundle"], report["settings"]
+    caption = (
+        f"{bundle['name']} ({bundle['scheme']}) behind accuquant-serve http, batch {settings['batch']}, "
+        f"{settings['threads'] or 'all'} threads; load average {report['results'][0]['load_average']:.1f}, "
+        f"other work ran beside it. The line of memory leaves the first fifth out. {machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def readme_pictures() -> str:
+    """What the README opens with."""
+    report = json.loads((RESULTS / "emoji.json").read_text())
+    quantized = {side: row for side, row in report["sides"].items() if side != "fp32"}
+    close = ", ".join(f"{side} {row['psnr_mean']:.1f} dB" for side, row in quantized.items())
+    return (
+        f"{emoji_sheets(report, 'tools/results/')} To the full-precision twin: {close} "
+        f"(n = {report['n']}; [measured](tools/results/README.md#text-to-image)).\n"
+    )
 
 
 def readme_results() -> str:
@@ -301,6 +337,7 @@ def results_page() -> str:
         ("Other quantizers beside ours", "yardsticks*.json", yardstick_table),
         ("Export at real sizes", "export-sizes.json", export_table),
         ("Calibration and export at real sizes", "full-sizes.json", full_size_table),
+        ("An hour of serving", "soak.json", soak_table),
     ):
         found = sorted(RESULTS.glob(pattern))
         parts += [f"## {heading}", ""] if found else []
@@ -311,10 +348,13 @@ def results_page() -> str:
 
 
 def main() -> None:
-    """Rewrite README.md's results block, the page of all results and the model cards."""
+    """Rewrite README.md's blocks of pictures and results, the page of all results and the model cards."""
     readme = (ROOT / "README.md").read_text()
-    block = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    (ROOT / "README.md").write_text(block.sub(lambda _: f"{BEGIN}\n{readme_results()}{END}", readme))
+    for name, drawn in (("pictures", readme_pictures()), ("results", readme_results())):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        block = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+        readme = block.sub(lambda _, text=f"{begin}\n{drawn}{end}": text, readme)  # type: ignore[misc]
+    (ROOT / "README.md").write_text(readme)
     (RESULTS / "README.md").write_text(results_page())
     (REFERENCE / "MODEL_CARD.md").write_text(fashion_card(REFERENCE))
     (REFERENCE / "EMOJI_CARD.md").write_text(emoji_card(REFERENCE, RESULTS))

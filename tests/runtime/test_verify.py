@@ -112,6 +112,17 @@ def test_what_is_no_graph_is_refused_in_a_sentence(verify, copied):
     assert "twin.onnx is not an ONNX graph" in said
 
 
+@pytest.mark.parametrize("version", [2**62, -1, 1001])
+def test_operators_of_a_version_that_nobody_has_are_refused_before_an_engine_counts_up_to_it(verify, copied, version):
+    graph = onnx.load(copied / "twin.onnx")
+    graph.opset_import[0].version = version
+    onnx.save(graph, copied / "twin.onnx")
+    described(copied)
+    code, said = verify(copied)
+    assert code == 1
+    assert f"operators of version {version % 2**64}" in said
+
+
 def test_a_manifest_without_the_plans_digest_is_refused(copied):
     manifest = json.loads((copied / "manifest.json").read_text())
     del manifest["files"]["plan.json"]
