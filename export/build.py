@@ -36,7 +36,7 @@ from ..runtime.files import atomic_folder
 from ..runtime.plan import SamplingPlan
 from .check_target import check_target
 from .companions import save_companions
-from .facts import operator_facts, versions
+from .facts import left_in_float, operator_facts, versions
 from .graph import save_graph, trace_float
 from .layer_parity import check_layers, layer_parity
 from .lower import lower
@@ -148,9 +148,12 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         show("export", 3, 3, "")
         times["export"] = time.perf_counter() - begun
         facts = operator_facts(recipe, quantized)
+        in_float = left_in_float(model.network, request.scheme, model.role_of, quantized)
 
         def manifested() -> Bundle:
-            _write_manifest(folder, request, prepared, graphs, facts, looked_up > 0, parity, recipe.facts.provenance)
+            _write_manifest(
+                folder, request, prepared, graphs, facts, in_float, looked_up > 0, parity, recipe.facts.provenance
+            )
             return Bundle(folder)
 
         bundle = manifested()
@@ -272,6 +275,7 @@ def _write_manifest(
     prepared: Prepared,
     graphs: dict[NetworkName, str],
     operators: dict[str, OperatorFacts],
+    in_float: dict[str, str],
     looked_up: bool,
     parity: dict[str, float],
     provenance: dict[str, Any],
@@ -294,6 +298,7 @@ def _write_manifest(
             networks=networks,
             files=describe_rest(folder, networks),
             operators=operators,
+            in_float=in_float,
             provenance=provenance,
             quality=parity,
         ),

@@ -36,7 +36,8 @@ from .verify import sqnr
 
 # dB; of graphs in 16 bits, whose every value is rounded to those and not always in one place, 51 were seen.
 LEAST, LEAST_IN_16_BITS = 60.0, 45.0
-NEAR = 2.0**-22  # of the largest input: closer than that to a rounding boundary, either code is right
+# Of the largest value: closer than that to a rounding boundary, either code is right; of inputs, and of sums.
+NEAR, NEAR_OF_SUMS = 2.0**-21, 2.0**-18
 Progress = Callable[[int, int], None]
 
 
@@ -220,17 +221,17 @@ class _Alone:
         either = np.zeros(expected.shape, bool)
         if self._quantized:
             moved = [str(value.name) for value in self._inputs]
-            either |= _moves(self._whole, given, moved)
+            either |= _moves(self._whole, given, moved, NEAR)
         if self._rounding is not None and self._result is not None:
             name = str(self._result.name)
-            either |= _moves(self._rounding, {name: result[0]}, [name])
+            either |= _moves(self._rounding, {name: result[0]}, [name], NEAR_OF_SUMS)
         return expected, either & ~either.all()
 
 
-def _moves(part: Part, given: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
-    """Which of the first results change when the named inputs do, by NEAR."""
+def _moves(part: Part, given: Mapping[str, np.ndarray], names: Sequence[str], by: float) -> np.ndarray:
+    """Which of the first results change when the named inputs do, by that part of the largest."""
     ends = [
-        part.run({**given, **{name: given[name] + side * NEAR * np.abs(given[name]).max() for name in names}})[0]
+        part.run({**given, **{name: given[name] + side * by * np.abs(given[name]).max() for name in names}})[0]
         for side in (-1, 1)
     ]
     return np.asarray(ends[0] != ends[1])

@@ -1,10 +1,14 @@
 """What a bundle says of itself: what became of every operator, and which libraries had a hand in it."""
 
+from collections.abc import Callable
 from importlib import metadata
 
 import onnx_ir as ir
+from torch import nn
 
+from ..calibrate.layers import MatMul, QuantizedOperator
 from ..calibrate.recipe import ActivationRecipe, Recipe
+from ..calibrate.scheme import QuantScheme, Role
 from ..runtime.bundle import IN_TABLE, OperatorFacts
 from .graph import operator_nodes
 
@@ -39,6 +43,27 @@ def operator_facts(recipe: Recipe, graph: ir.Model) -> dict[str, OperatorFacts]:
             stored_bytes={"int4": (count + 1) // 2, IN_TABLE: 0}.get(container, count),
         )
     return facts
+
+
+def left_in_float(
+    network: nn.Module, scheme: QuantScheme, role_of: Callable[[str], Role], graph: ir.Model
+) -> dict[str, str]:
+    """Operators of the graph that could be quantized and are not, and why; a quantized network's, in its order."""
+    nodes, found = operator_nodes(graph), dict[str, str]()
+    quantized = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, QuantizedOperator))
+    for name, module in network.named_modules():
+        if not isinstance(module, nn.Conv2d | nn.Linear | MatMul) or name not in nodes or name.startswith(quantized):
+            continue
+        role = role_of(name)
+        if scheme.nothing_quantized:
+            found[name] = scheme.described
+        elif name in scheme.in_float:
+            found[name] = "measured to be faster so (--tune)"
+        elif role == "attention":
+            found[name] = f"{scheme.target} has no faster kernel for attention's products in {scheme.name}"
+        else:
+            found[name] = f"policy {scheme.policy}: {role} operators stay in float"
+    return found
 
 
 def _grid_name(facts: ActivationRecipe) -> str:

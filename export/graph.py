@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ..calibrate.layers import QuantizedOperator, quantization
+from ..calibrate.layers import MatMul, QuantizedOperator, quantization
 from ..calibrate.trajectory import NOTHING, Condition
 from ..runtime.errors import AccuQuantError
 from ..runtime.files import atomic
@@ -75,6 +76,7 @@ def trace_float(
     model = program.model
     model.producer_name, model.producer_version = "accuquant", None
     _name_operators(model, operators)
+    _name_the_others(model, network, operators)
     for node in model.graph:
         node.metadata_props.pop(TRACE, None)  # the exporting machine's paths; and equal networks are to be equal bytes
     return model
@@ -103,8 +105,7 @@ def _name_operators(model: ir.Model, operators: dict[str, QuantizedOperator]) ->
     """Give the one Conv, Gemm or MatMul of each quantized module that module's name."""
     claims: dict[str, list[ir.Node]] = {name: [] for name in operators}
     for node in model.graph:
-        scopes = node.metadata_props.get(SCOPES, "")
-        for name in reversed([s.strip(" '\"") for s in scopes.strip("[]").split(",")]):
+        for name in _scopes(node):
             if name in operators:
                 if node.op_type in OPERATOR_TYPES[operators[name].kind]:
                     claims[name].append(node)
@@ -126,6 +127,30 @@ def _name_operators(model: ir.Model, operators: dict[str, QuantizedOperator]) ->
             )
         nodes[0].name = name
         _name_scaling(nodes[0], name)
+
+
+def _name_the_others(model: ir.Model, network: nn.Module, operators: dict[str, QuantizedOperator]) -> None:
+    """The same for modules that stay in float, as far as one node is theirs; reports tell of them by these names."""
+    own = tuple(f"{name}." for name in operators)
+    modules = {
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear | MatMul) and name not in operators and not name.startswith(own)
+    }
+    claims: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        innermost = next((name for name in _scopes(node) if name in modules), None)
+        if innermost is not None and node.op_type in {"Conv", "Gemm", "MatMul"}:
+            claims.setdefault(innermost, []).append(node)
+    for name, nodes in claims.items():
+        if len(nodes) == 1:
+            nodes[0].name = name
+
+
+def _scopes(node: ir.Node) -> Iterator[str]:
+    """Names of the modules that a node comes from, the innermost first."""
+    text = node.metadata_props.get(SCOPES, "")
+    return reversed([name.strip(" '\"") for name in text.strip("[]").split(",")])
 
 
 def _name_scaling(product: ir.Node, name: str) -> None:

@@ -162,6 +162,7 @@ class Manifest(BaseModel):
     networks: dict[NetworkName, NetworkFile]
     files: dict[str, str]
     operators: dict[str, OperatorFacts]
+    in_float: dict[str, str] = {}  # operators that were left so, and why
     provenance: dict[str, Any]
     quality: dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""`accuquant-inspect BUNDLE`: for every quantized operator the precision asked, and the precision got.
+"""`accuquant-inspect BUNDLE`: for every operator that can be quantized the precision asked, and the precision got.
 
 "Got" is what the engine's own execution graph says on this machine, and with --gpu what NVIDIA's compiler says it made
 for such a GPU: ahead of time, on a CPU, not run.
@@ -6,6 +6,7 @@ for such a GPU: ahead of time, on a CPU, not run.
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +40,7 @@ def inspect(
     found = [_on_gpu(opened, target) for target in gpu.split(",")] if gpu else [_here(opened, engine)]
     for result in found:
         verdicts = result["verdicts"]
-        shown = [v for v in verdicts if every or v.why]
+        shown = [v for v in verdicts if every or v.why] + (result["in_float"] if every else [])
         if shown:
             console.print(_table(result["engine"], shown))
         counts = Counter(v.got for v in verdicts)
@@ -47,10 +48,16 @@ def inspect(
             f"{result['engine']}: {len(verdicts)} operators at {opened.manifest.scheme}: "
             + ", ".join(f"{n} {precision}" for precision, n in counts.most_common())
         )
+        if result["in_float"]:
+            counts = Counter(v.got for v in result["in_float"])
+            console.print(
+                f"{len(result['in_float'])} more were left in float: "
+                + ", ".join(f"{n} {precision}" for precision, n in counts.most_common())
+            )
         if result["weights_bytes"]:
             console.print(f"weights in memory {result['weights_bytes'] / 2**20:.2f} MiB ({result['note']})")
     if out is not None:
-        plain = [r | {"verdicts": [asdict(v) for v in r["verdicts"]]} for r in found]
+        plain = [r | {kind: [asdict(v) for v in r[kind]] for kind in ("verdicts", "in_float")} for r in found]
         write_text(
             out, json.dumps({"schema_version": 1, "machine": machine_facts(), "results": plain}, indent=1) + "\n"
         )
@@ -61,22 +68,34 @@ def inspect(
 def _here(bundle: Bundle, name: str) -> dict[str, Any]:
     engine = open_engine(bundle.graph("denoiser"), EngineOptions(batch=1), name, bundle.manifest.target)
     try:
-        operators = bundle.manifest.operators
-        verdicts = judge(operators, operator_precisions(engine, operators), engine.kept_in_float)
-        return {"engine": engine.name, "verdicts": verdicts, "weights_bytes": 0, "note": ""}
+        manifest = bundle.manifest
+        got = operator_precisions(engine, [*manifest.operators, *manifest.in_float])
+        verdicts = judge(manifest.operators, got, engine.kept_in_float)
+        in_float = _left(bundle, got)
+        return {"engine": engine.name, "verdicts": verdicts, "in_float": in_float, "weights_bytes": 0, "note": ""}
     finally:
         engine.close()
 
 
 def _on_gpu(bundle: Bundle, target: str) -> dict[str, Any]:
     compiled = cached_plan(CompileRequest(bundle.graph("denoiser"), target), EngineCache(cache_folder())).compiled
-    verdicts = judge(bundle.manifest.operators, compiled.precisions(bundle.manifest.operators))
+    manifest = bundle.manifest
+    got = compiled.precisions([*manifest.operators, *manifest.in_float])
     return {
         "engine": f"TensorRT-RTX for {target}",
-        "verdicts": verdicts,
+        "verdicts": judge(manifest.operators, got),
+        "in_float": _left(bundle, got),
         "weights_bytes": compiled.weights_bytes,
         "note": "compiled ahead of time, not run",
     }
+
+
+def _left(bundle: Bundle, got: Mapping[str, str]) -> list[Verdict]:
+    """Of the operators that the export left in float, which asks for nothing."""
+    return [
+        Verdict(name, f"float ({why})", "float", got.get(name, "not reported"), "")
+        for name, why in bundle.manifest.in_float.items()
+    ]
 
 
 def _table(title: str, verdicts: list[Verdict]) -> Table:

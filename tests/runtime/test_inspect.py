@@ -62,6 +62,13 @@ def test_all_operators_of_a_bundle_run_in_integers_where_these_do_not_saturate(t
     assert len(result["verdicts"]) == count
     every = inspect(tiny_bundle.folder, "--engine", "openvino", "--all")
     assert all(name in every.stdout for name in tiny_bundle.manifest.operators)
+    assert tiny_bundle.manifest.in_float == dict.fromkeys(["conv_in", "conv_out"]) | {
+        "conv_in": "policy standard: first operators stay in float",
+        "conv_out": "policy standard: last operators stay in float",
+    }
+    assert "conv_out" in every.stdout
+    assert "2 more were left in float: 2 f32" in done.stdout
+    assert [left["got"] for left in result["in_float"]] == ["f32", "f32"]
 
 
 def test_an_engine_the_bundle_was_not_made_for_is_seen_to_multiply_in_float(tiny_bundle):
@@ -73,16 +80,16 @@ def test_an_engine_the_bundle_was_not_made_for_is_seen_to_multiply_in_float(tiny
 
 @pytest.mark.usefixtures("rtx")
 @pytest.mark.parametrize(
-    ("bits", "gpus", "got"),
+    ("bits", "gpus", "got", "left"),
     [
-        ("4/8", ["sm86", "sm120"], "49 operators at W4A8: 39 Int8, 10 looked up"),
-        ("fp8", ["sm89"], "57 operators at FP8: 47 FP8, 10 looked up"),
-        ("4/16", ["sm86"], "49 operators at W4A16: 39 Half, 10 looked up"),
-        ("fp16", ["sm86"], "0 operators at FP16: "),
-        ("bf16", ["sm89"], "0 operators at BF16: "),
+        ("4/8", ["sm86", "sm120"], "49 operators at W4A8: 39 Int8, 10 looked up", "10 more were left in float: "),
+        ("fp8", ["sm89"], "57 operators at FP8: 47 FP8, 10 looked up", "2 more were left in float: 2 Half"),
+        ("4/16", ["sm86"], "49 operators at W4A16: 39 Half, 10 looked up", "10 more were left in float: "),
+        ("fp16", ["sm86"], "0 operators at FP16: ", "left in float: 49 Half"),
+        ("bf16", ["sm89"], "0 operators at BF16: ", "left in float: 49 BFloat16"),
     ],
 )
-def test_a_bundle_for_tensorrt_compiles_and_samples_here_too(tiny, tmp_path, bits, gpus, got):
+def test_a_bundle_for_tensorrt_compiles_and_samples_here_too(tiny, tmp_path, bits, gpus, got, left):
     """Exported whole, sampled and compared on this CPU, compiled for GPUs."""
     from accuquant.calibrate.scheme import QuantScheme, parse_precision
     from accuquant.calibrate.spec import PRESETS, CalibrationSpec
@@ -107,6 +114,7 @@ def test_a_bundle_for_tensorrt_compiles_and_samples_here_too(tiny, tmp_path, bit
     assert done.returncode == 0, done.stdout + done.stderr
     for gpu in gpus:
         assert f"TensorRT-RTX for {gpu}: {got}" in done.stdout
+    assert done.stdout.count(left) == len(gpus), done.stdout
     assert "compiled ahead of time, not run" in done.stdout
     # The plans are kept: nothing is compiled a second time, but another batch is another plan.
     kept = run("build", made.bundle.folder, "--gpu", ",".join(gpus), "--out", tmp_path / "plans")
