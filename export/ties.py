@@ -1,10 +1,11 @@
 """Results on which two correct engines may differ: those that a value on a rounding boundary reaches.
 
-    v = x / s + z,    a tie if |v - floor(v) - 1/2| < e (|x / s| + |z| + 1),    e = EPSILON, of results OF_SUMS
+    v = x / s + z,    a tie if |v - floor(v) - 1/2| < e (|v| + levels),    e = EPSILON, of results OF_SUMS
 
-Some engines divide by the scale, some multiply by its reciprocal, some add the zero point in the same rounding; all are
-right to float32's last digits, and at a tie their codes are one apart. A convolution spreads that over its window, a
-linear layer over a row, a product over a row or a column. Every other result is the same integer sum in all of them.
+Some engines divide by the scale, some multiply by its reciprocal, some add the zero point in the same rounding or count
+from the lowest level; all are right to float32's last digits, and at a tie their codes are one apart. A convolution
+spreads that over its window, a linear layer over a row, a product over a row or a column. Every other result is the
+same integer sum in all of them.
 """
 
 from collections.abc import Iterator
@@ -29,9 +30,9 @@ class Ties:
 
     def _see(self, quantizer: ActivationQuantizer, given: tuple[Tensor, ...], made: tuple[Tensor, Tensor]) -> None:
         written = quantizer is self._operator.output
-        zero, v = quantizer.zero_point.round(), given[0] / made[1]
+        v, levels = given[0] / made[1], quantizer.grid.q_max - quantizer.grid.q_min + 1
         distance = (v - v.floor() - 0.5).abs()
-        found = distance < (OF_SUMS if written else EPSILON) * (v.abs() + zero.abs() + 1)
+        found = distance < (OF_SUMS if written else EPSILON) * (v.abs() + levels)
         if written:
             self._output = found
         else:

@@ -42,6 +42,7 @@ class OpenVINOEngine(Engine):
         model.reshape({port: [options.batch, *list(port.partial_shape)[1:]] for port in model.inputs})
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[options.rest],
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # of float layers with int8 weights, which nobody calibrated
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "PERF_COUNT": options.profile,

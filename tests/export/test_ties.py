@@ -15,6 +15,7 @@ def ready(operator):
     for quantizer in operator.quantizers:
         quantizer.set(torch.tensor(SCALE), torch.tensor(ZERO))
     if (weight := operator.weight_quantizer) is not None:
+        operator.layer.weight.data.abs_().clamp_(min=0.05)  # no code is zero, which a tie would not reach
         weight.set_scale(weight.weight.flatten(1).abs().amax(1).reshape(weight.scale.shape) / 127)
     operator.active = True
     return operator
