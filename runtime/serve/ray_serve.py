@@ -115,12 +115,12 @@ def start(serving: Serving, host: str, port: int) -> None:
     Raises:
         AccuQuantError: as `deployment`, or no replica starts.
     """
-    application = deployment(serving)
+    served = deployment(serving)
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
     try:
-        serve.run(application, name=NAME, route_prefix="/")
+        serve.run(served, name=NAME, route_prefix="/")
     except RuntimeError as error:
         raise AccuQuantError(f"no replica starts: {error}") from error
 
