@@ -1,8 +1,8 @@
 """Which other files an ONNX graph reads: the locations of its external data, found without loading it.
 
 Engines follow such a location wherever it points, so it is looked at before they do; and so is the version of the
-operators, since OpenVINO 2026.4 counts up to it. This walks the protobuf wire
-format along the messages that lead to tensors, and skips over everything else, weights among it.
+operators, since OpenVINO 2026.4 counts up to it. This walks the protobuf wire format along the messages that lead to
+both, and skips over everything else, weights among it.
 """
 
 import mmap
@@ -48,8 +48,7 @@ def _locations(data: mmap.mmap) -> Iterator[str]:
         found = dict[str, bytes]()
         for number, kind, first, last in _fields(data, start, end):
             if kind == VARINT:
-                version, _ = _varint(data, first, last)
-                if message == "opset" and number == VERSION and version > NEWEST:
+                if message == "opset" and number == VERSION and (version := _varint(data, first, last)[0]) > NEWEST:
                     raise ValueError(f"operators of version {version}")
                 continue
             inner = LEADS[message].get(number)

@@ -15,30 +15,38 @@ from .painter import Painter
 API_KEY = "ACCUQUANT_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
+# Options of every command that serves over HTTP.
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")]
+Twin = Annotated[bool, typer.Option("--twin", help="Serve full-precision twins too, as NAME:fp.")]
+EngineName = Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures in one call; a lone one costs as much as all.")]
+Guidance = Annotated[
+    float | None, typer.Option(help="Usual guidance; other than 1, requests may choose [the bundle's].")
+]
+Queue = Annotated[int, typer.Option(min=1, help="Most pictures waiting for an engine; more get 429.")]
+Deadline = Annotated[float, typer.Option(min=0.1, help="Most seconds that a request may take.")]
+MostPictures = Annotated[int, typer.Option(min=1, help="Most pictures of one request.")]
+
 
 def http(
     bundles: Annotated[
         list[Path], typer.Argument(help="Folders written by accuquant-export; models have their names.")
     ],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
-    twin: Annotated[bool, typer.Option("--twin", help="Serve full-precision twins too, as NAME:fp.")] = False,
-    engine: Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")] = "auto",
-    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call; a lone one costs as much as all.")] = 4,
+    twin: Twin = False,
+    engine: EngineName = "auto",
+    batch: Batch = 4,
     threads: Annotated[int, typer.Option(min=0, help="Of each engine; 0: all cores.")] = 0,
-    guidance: Annotated[
-        float | None, typer.Option(help="Usual guidance; other than 1, requests may choose [the bundle's].")
-    ] = None,
-    queue: Annotated[int, typer.Option(min=1, help="Most pictures waiting for an engine; more get 429.")] = 64,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Most seconds that a request may take.")] = 60.0,
-    max_n: Annotated[int, typer.Option(min=1, help="Most pictures of one request.")] = 10,
+    guidance: Guidance = None,
+    queue: Queue = 64,
+    deadline: Deadline = 60.0,
+    max_n: MostPictures = 10,
     max_body: Annotated[int, typer.Option(min=1, help="Most KiB of a request's body.")] = 64,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Serve bundles over HTTP. With ACCUQUANT_API_KEY set, requests must carry that key."""
-    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise AccuQuantError(f"{missing[0]} is not installed; install it with: pip install 'accuquant[serve]'")
+    installed("serve", "fastapi", "uvicorn", "prometheus_client")
     from .listen import listen
     from .server import Limits, Server
 
@@ -63,3 +71,9 @@ def http(
 
     listen(Server(opened, limits), host, port, key, listening)
     console.print("stopped: all that was accepted is answered")
+
+
+def installed(extra: str, *names: str) -> None:
+    """Raises AccuQuantError naming the first library that is missing, and the extra that brings it."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise AccuQuantError(f"{missing[0]} is not installed; install it with: pip install 'accuquant[{extra}]'")

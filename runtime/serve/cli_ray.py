@@ -1,6 +1,5 @@
 """`accuquant-serve ray BUNDLE...`: the HTTP server in replicas, on this machine or on a cluster of Ray."""
 
-import importlib.util
 import os
 import signal
 import threading
@@ -10,31 +9,27 @@ from typing import Annotated
 import typer
 
 from ..console import console
-from ..errors import AccuQuantError
-from .cli_http import API_KEY
+from .cli_http import API_KEY, Batch, Deadline, EngineName, Guidance, Host, MostPictures, Queue, Twin, installed
 
 
 def ray(
     bundles: Annotated[list[Path], typer.Argument(help="Folders that all machines see; models have their names.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     least: Annotated[int, typer.Option(min=1, help="Replicas there are always.")] = 1,
     most: Annotated[int, typer.Option(min=1, help="Replicas there are under load.")] = 2,
-    twin: Annotated[bool, typer.Option("--twin", help="Serve full-precision twins too, as NAME:fp.")] = False,
-    engine: Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")] = "auto",
-    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call; a lone one costs as much as all.")] = 4,
+    twin: Twin = False,
+    engine: EngineName = "auto",
+    batch: Batch = 4,
     threads: Annotated[int, typer.Option(min=1, help="Of each engine, and cores that a replica takes.")] = 1,
-    guidance: Annotated[
-        float | None, typer.Option(help="Usual guidance; other than 1, requests may choose [the bundle's].")
-    ] = None,
-    queue: Annotated[int, typer.Option(min=1, help="Most pictures waiting for an engine; more get 429.")] = 64,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Most seconds that a request may take.")] = 60.0,
-    max_n: Annotated[int, typer.Option(min=1, help="Most pictures of one request.")] = 10,
+    guidance: Guidance = None,
+    queue: Queue = 64,
+    deadline: Deadline = 60.0,
+    max_n: MostPictures = 10,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Serve bundles by replicas of the HTTP server, on Ray. RAY_ADDRESS names a cluster, ACCUQUANT_API_KEY a key."""
-    if importlib.util.find_spec("ray") is None:
-        raise AccuQuantError("Ray Serve is not installed; install it with: pip install 'accuquant[ray]'")
+    installed("ray", "ray", "fastapi", "prometheus_client")
     from .ray_serve import Serving, start, stop
     from .server import Limits
 
