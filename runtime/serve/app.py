@@ -33,7 +33,7 @@ def application(server: Server, api_key: str | None = None) -> FastAPI:
     """The ASGI application in front of a server."""
     app = FastAPI(title="AccuQuant", docs_url=None, redoc_url=None, openapi_url=None)
     limits = server.limits
-    app.add_middleware(Gate, api_key=api_key, most_bytes=limits.body_bytes, seconds=limits.body_seconds)
+    app.add_middleware(Gate, api_key=api_key, most_bytes=limits.body_bytes, seconds=limits.sending_seconds)
     page, policy = _page()
 
     @app.post("/v1/images/generations")

@@ -25,6 +25,9 @@ Guidance = Annotated[
 ]
 Queue = Annotated[int, typer.Option(min=1, help="Most pictures waiting for an engine; more get 429.")]
 Deadline = Annotated[float, typer.Option(min=0.1, help="Most seconds that a request may take.")]
+Sending = Annotated[
+    float, typer.Option(min=0.1, help="Most seconds that a request's head may take to arrive, and as many its body.")
+]
 MostPictures = Annotated[int, typer.Option(min=1, help="Most pictures of one request.")]
 
 
@@ -41,6 +44,7 @@ def http(
     guidance: Guidance = None,
     queue: Queue = 64,
     deadline: Deadline = 60.0,
+    sending: Sending = 10.0,
     max_n: MostPictures = 10,
     max_body: Annotated[int, typer.Option(min=1, help="Most KiB of a request's body.")] = 64,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
@@ -57,7 +61,9 @@ def http(
         for network in networks
     ]
     key = os.environ.get(API_KEY) or None
-    limits = Limits(waiting=queue, deadline=deadline, pictures=max_n, body_bytes=max_body * 2**10)
+    limits = Limits(
+        waiting=queue, deadline=deadline, pictures=max_n, body_bytes=max_body * 2**10, sending_seconds=sending
+    )
 
     def listening(address: str) -> None:
         for painter in opened:

@@ -13,6 +13,7 @@ import uvicorn
 
 from ..errors import AccuQuantError
 from .app import application
+from .arrival import within
 from .server import Server
 
 LAST_BYTES = 10  # seconds that slow readers have to take their answers, once everything is painted
@@ -51,8 +52,8 @@ async def serve(
     """Serve on `listener` until `told` is set, then drain and return."""
     await server.warm_up()
     config = uvicorn.Config(
-        application(server, api_key), log_level="warning", access_log=False, server_header=False, lifespan="off",
-        timeout_graceful_shutdown=LAST_BYTES,
+        application(server, api_key), http=within(server.limits.sending_seconds), log_level="warning",
+        access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=LAST_BYTES,
     )  # fmt: skip
     http = _Uvicorn(config)
     serving, waiting = asyncio.create_task(http.serve(sockets=[listener])), asyncio.create_task(told.wait())

@@ -18,13 +18,16 @@ RANDOM_BITS = 53  # of seeds that nobody chose: JavaScript reads larger ones wro
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server bears: pictures waiting for each engine, seconds and pictures of a request, its body."""
+    """What one server bears: pictures waiting for each engine, seconds and pictures of a request, its body.
+
+    `sending_seconds` is how long the head of a request may take to arrive, and its body as long again.
+    """
 
     waiting: int = 64
     deadline: float = 60.0
     pictures: int = 10
     body_bytes: int = 64 * 2**10
-    body_seconds: float = 10.0
+    sending_seconds: float = 10.0
     kept_bytes: int = 64 * 2**20
     kept_seconds: float = 600.0
     addresses: bool = True  # of pictures, beside b64_json

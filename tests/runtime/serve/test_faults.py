@@ -1,5 +1,6 @@
 """Overload, impatience and malice: every refusal says why, nothing hangs, nobody is held up by anybody."""
 
+import contextlib
 import http.client
 import itertools
 import json
@@ -151,7 +152,7 @@ def test_malformed_bodies_are_refused_in_words(house, running_by_hand, raw, stat
 
 @pytest.fixture(scope="module")
 def running_by_hand(house):
-    with house.running([house.by_hand()], Limits(body_seconds=0.5)) as (address, _):
+    with house.running([house.by_hand()], Limits(sending_seconds=0.5)) as (address, _):
         yield address
 
 
@@ -188,6 +189,77 @@ def test_who_sends_too_slowly_is_sent_away(house, running_by_hand):
         answer = b"".join(iter(lambda: slow.recv(65536), b"")).decode()  # until it closes
     assert answer.startswith("HTTP/1.1 408")
     assert "did not arrive within 0.5 s" in answer
+
+
+def dripped(connection, head, seconds):
+    """What comes back while bytes of a head are sent one by one, until it is closed; b"" if nothing does."""
+    answer, end = b"", time.monotonic() + seconds
+    connection.settimeout(0.02)
+    for byte in itertools.cycle(head):
+        assert time.monotonic() < end, "it was never closed"
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.send(bytes([byte]))
+        try:
+            got = connection.recv(65536)
+        except TimeoutError:
+            continue
+        except ConnectionResetError:  # a byte of ours came after it was closed
+            return answer
+        answer += got
+        if not got:
+            return answer
+    return answer
+
+
+def connected(address):
+    host, port = address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["first", "second request"])
+def test_heads_that_trickle_in_are_cut_off_and_others_answered_meanwhile(house, running_by_hand, later):
+    with connected(running_by_hand) as slow, ThreadPoolExecutor(1) as aside:
+        if later:
+            slow.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert slow.recv(65536).startswith(b"HTTP/1.1 200")
+        answer = aside.submit(dripped, slow, b"GET /health/live HTTP/1.1\r\nX: a", 10)
+        for _ in range(5):
+            assert house.ask(running_by_hand, "/health/live", timeout=5)[0] == 200
+        answer = answer.result(20).decode()
+    assert answer.startswith("HTTP/1.1 408"), answer
+    assert "the head did not arrive within 0.5 s" in answer
+    assert "connection: close" in answer
+
+
+def test_connections_that_never_ask_are_closed_all_of_them(house, running_by_hand):
+    idle = [connected(running_by_hand) for _ in range(50)]
+    begun = time.monotonic()
+    assert house.ask(running_by_hand, body={"seed": 1})[0] == 200
+    for connection in idle:
+        with connection:
+            assert connection.recv(1) == b""
+    assert time.monotonic() - begun < 8
+
+
+def test_a_head_in_pieces_that_arrives_in_time_is_answered_and_what_follows_it_too(running_by_hand):
+    """Painting and keeping alive are no part of the time that a head has."""
+    with connected(running_by_hand) as patient:
+        for _ in range(3):
+            for piece in (b"GET /health/live HT", b"TP/1.1\r\nHost: a\r\n", b"\r\n"):
+                patient.sendall(piece)
+                time.sleep(0.05)
+            assert patient.recv(65536).startswith(b"HTTP/1.1 200")
+            time.sleep(0.7)
+
+
+def test_a_picture_that_takes_longer_than_a_head_may_is_answered(house, painter):
+    with house.running([painter], Limits(sending_seconds=0.3)) as (address, _), ThreadPoolExecutor(1) as aside:
+        painter.pipeline.hold.clear()
+        answer = aside.submit(house.ask, address, body={"seed": 1})
+        until(lambda: painter.pipeline.painted[-1] == [1])
+        time.sleep(0.6)
+        painter.pipeline.hold.set()
+        assert answer.result(20)[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/v1/images/generations", "/images/x.png", "/v1/models/other"])
