@@ -85,8 +85,10 @@ def main(
     if unknown := set(wanted) - GROUPS.keys():
         raise AccuQuantError(f"--peers {', '.join(sorted(unknown))}: there is {', '.join(GROUPS)}")
     opened, sizes = Bundle(bundle), batch_sizes(batch)
-    if opened.manifest.conditioning is not None:
-        raise AccuQuantError(f"{bundle} is of a conditional network; the peers' scripts know networks of (x, t) alone")
+    if checkpoint is not None and opened.manifest.conditioning is not None:
+        raise AccuQuantError(
+            f"{bundle} is of a conditional network, which torch is not measured on; leave --checkpoint out"
+        )
     with tempfile.TemporaryDirectory() as folder:
         found = contestants(
             [opened], [c for group in wanted for c in GROUPS[group]], samples, environments.resolve(), Path(folder)

@@ -56,7 +56,7 @@ class Shape:
     """How to make the network, the latent's shape (C, H, W), and one row (1, ...) of everything else that goes in."""
 
     make: Callable[[], nn.Module]
-    sample: tuple[int, int, int]
+    sample: tuple[int, ...]
     condition: Mapping[str, Tensor]
     role_of: Callable[[str], Role] = role_of
 

@@ -25,18 +25,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import onnx
 import typer
 from accuquant.export.build import TEACHER_SEEDS
 from accuquant.export.facts import versions
 from accuquant.export.figures import lines, markup
-from accuquant.runtime import noise
 from accuquant.runtime.bundle import Bundle
 from accuquant.runtime.console import bar, command, console, machine_facts
 from accuquant.runtime.engines import choose
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.files import write_text
+from calls import recorded, write
 from rich.table import Table
 from side_by_side import Run, compiled, coverage, fidelity, sample, step_seconds
 
@@ -117,19 +116,6 @@ class Contestant:
     row: dict[str, Any] = field(default_factory=dict)
 
 
-def trajectory_data(bundle: Bundle, path: Path, count: int) -> None:
-    """Write x (count, C, H, W) and t (count,), float32: what the twin is called with, evenly over chains and steps."""
-    plan, shape = bundle.plan, bundle.manifest.sample_shape
-    seeds = range(TEACHER_SEEDS, TEACHER_SEEDS + CHAINS)
-    run = sample(bundle.graph("twin"), "auto", plan, seeds, shape)
-    start = plan.init_sigma * noise.batch(seeds, -1, shape)
-    before = np.concatenate([start[None], run.states[:-1]])  # what step i starts from
-    scaled = before * np.array([step.input_scale for step in plan.steps], np.float32)[:, None, None, None, None]
-    t = np.repeat(np.array([step.timestep for step in plan.steps], np.float32)[:, None], CHAINS, axis=1)
-    chosen = np.linspace(0, t.size - 1, min(count, t.size)).round().astype(int)
-    np.savez(path, x=scaled.reshape(-1, *shape)[chosen].astype(np.float32), t=t.reshape(-1)[chosen])
-
-
 def environment(library: str, folder: Path) -> Path:
     """The interpreter of a library's environment, which is made if it is not there.
 
@@ -186,7 +172,7 @@ def contestants(
     """All graphs by name, the first bundle's twin first; a peer that failed has no graph but a reason in its row."""
     first = bundles[0]
     data = folder / "data.npz"
-    trajectory_data(first, data, samples)
+    write(recorded(first, range(TEACHER_SEEDS, TEACHER_SEEDS + CHAINS), samples), data)
     found = {"fp32": Contestant(first.graph("twin"), choose("auto", first.manifest.target))}
     for bundle in bundles:
         target = bundle.manifest.target

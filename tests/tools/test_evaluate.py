@@ -245,6 +245,25 @@ def test_a_checkpoint_is_drawn_in_full_precision(evaluate, quick_lite, tiny, tmp
     np.testing.assert_array_equal(shown[:16:2, :16:2], drawn[0, :, :, 0])
 
 
+@pytest.mark.parametrize("what", ["bundle", "checkpoint"])
+def test_workers_of_ray_draw_the_same_pictures(evaluate, quick_lite, tiny, tiny_bundle, tmp_path, what):
+    """Workers have a thread each unless told otherwise."""
+    pytest.importorskip("ray.data", reason="Ray is not installed; it comes with accuquant[ray]")
+    drawn = tiny_bundle.folder if what == "bundle" else tiny.save_checkpoint(tmp_path, tiny.unet())
+    steps = {} if what == "bundle" else {"steps": 4}
+    np.save(tmp_path / "real.npy", pictures(7, 9))
+    reports, sheets = [], []
+    for workers in (0, 2):
+        given = {"reference": tmp_path / "real.npy", "sheet": tmp_path / "sheet.png", "batch": 4, "threads": 1}
+        reports.append(run(evaluate, drawn, tmp_path, n=10, seed=3, ray=workers, **given, **steps))
+        sheets.append((tmp_path / "sheet.png").read_bytes())
+    here, spread = reports
+    assert here["rows"] == spread["rows"]
+    assert sheets[0] == sheets[1]
+    assert spread["subject"].pop("engine") != here["subject"].pop("engine")
+    assert spread["subject"] == here["subject"]
+
+
 def test_two_folders_are_paired_by_name(evaluate, scores, quick_lite, tmp_path):
     a, b = pictures(0, 5, 12, 3), pictures(1, 5, 12, 3)
     for folder, some in (("a", a), ("b", b)):

@@ -14,7 +14,7 @@ def publish(monkeypatch):
     import publish
 
     yield publish
-    for name in ("publish", "cards"):
+    for name in ("publish", "tables", "cpu_ratios", "cards"):
         sys.modules.pop(name)
 
 

@@ -45,21 +45,17 @@ def peers(yardsticks, monkeypatch, tmp_path):
     monkeypatch.setattr(yardsticks, "CANDIDATES", made)
 
 
-def test_peers_are_calibrated_on_whole_trajectories_of_seeds_that_nobody_is_judged_on(
-    yardsticks, tiny, tiny_bundle, tmp_path
-):
+def test_peers_are_calibrated_on_whole_trajectories_of_seeds_that_nobody_is_judged_on(yardsticks, tiny, tiny_bundle):
     steps, chains = len(tiny_bundle.plan), yardsticks.CHAINS
-    yardsticks.trajectory_data(tiny_bundle, tmp_path / "all.npz", steps * chains)
-    held = np.load(tmp_path / "all.npz")
     seeds = range(TEACHER_SEEDS, TEACHER_SEEDS + chains)
+    held = yardsticks.recorded(tiny_bundle, seeds, steps * chains)
     assert not {*seeds} & {*range(1000), *range(JUDGE_SEEDS, JUDGE_SEEDS + 1000)}
     states = simulate(tiny.unet(), tiny_bundle.plan, seeds, tiny.SHAPE).states.numpy()
     for i, step in enumerate(tiny_bundle.plan.steps):
         rows = slice(i * chains, (i + 1) * chains)
         assert (held["t"][rows] == np.float32(step.timestep)).all()
         np.testing.assert_allclose(held["x"][rows], states[i] * step.input_scale, atol=1e-4)
-    yardsticks.trajectory_data(tiny_bundle, tmp_path / "some.npz", 7)
-    some = np.load(tmp_path / "some.npz")
+    some = yardsticks.recorded(tiny_bundle, seeds, 7)
     assert some["x"].shape == (7, *tiny.SHAPE)
     assert {float(some["t"][0]), float(some["t"][-1])} == {held["t"][0], held["t"][-1]}  # from end to end
 

@@ -17,7 +17,7 @@ def main(graph: str, data: str, out: str, settings: str) -> None:
         onnx_path=graph,
         quantize_mode="int8",
         calibration_method=asked["calibration"],
-        calibration_data={"x": held["x"], "t": held["t"]},
+        calibration_data={name: held[name] for name in held},
         calibration_eps=["cpu"],
         nodes_to_exclude=asked["keep"],
         high_precision_dtype="fp32",

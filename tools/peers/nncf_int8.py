@@ -14,7 +14,7 @@ import openvino as ov
 
 def main(graph: str, data: str, out: str, settings: str) -> None:
     asked, held = json.loads(settings), np.load(data)
-    samples = [{"x": held["x"][i : i + 1], "t": held["t"][i : i + 1]} for i in range(len(held["t"]))]
+    samples = [{name: held[name][i : i + 1] for name in held} for i in range(len(held["t"]))]
     model = ov.Core().read_model(graph)
     # A convolution with a bias is two nodes there, of names that begin with its own.
     products = [op.get_friendly_name() for op in model.get_ops() if op.get_type_name() in ("Convolution", "MatMul")]

@@ -22,7 +22,7 @@ OPERATORS = ["Conv", "Gemm", "MatMul"]
 class Samples(CalibrationDataReader):
     def __init__(self, data: str) -> None:
         held = np.load(data)
-        self.rows = iter([{"x": held["x"][i : i + 1], "t": held["t"][i : i + 1]} for i in range(len(held["t"]))])
+        self.rows = iter([{name: held[name][i : i + 1] for name in held} for i in range(len(held["t"]))])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self.rows, None)

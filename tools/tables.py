@@ -1,0 +1,290 @@
+"""Measured JSON as markdown: a table and a caption with n, seeds and machine for every kind of report."""
+
+from typing import Any
+
+from accuquant.calibrate.scheme import QuantScheme
+from cpu_ratios import ratios
+
+# What the first column of a comparison holds.
+TITLES = {
+    "methods": "calibration",
+    "m": "group",
+    "gradient": "gradient",
+    "start": "groups start from",
+    "sharing": "activation parameters",
+    "learned": "what is learned",
+}
+
+
+def machine(facts: dict[str, str]) -> str:
+    cores = "1 core" if facts["cores"] == "1" else f"{facts['cores']} cores"
+    return f"{facts['cpu']}, {cores} ({facts['instructions']}), {facts['memory']}"
+
+
+def methods_table(report: dict[str, Any]) -> str:
+    """The entries of a comparison side by side, as markdown."""
+    lines = [
+        f"| {TITLES[report['sweep']]} | M | iterations | PSNR to fp, mean (p10) "
+        "| SSIM | MSE, mean (median) | CPU time |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in report["rows"]:
+        spec = row["spec"]
+        steps = spec["warmup"] + spec["iterations"]
+        whole = row["kind"] == "learned" and steps > 0
+        back = f", best after {row['kept']}" if whole and row["kept"] < steps else ""
+        lines.append(
+            f"| {row['method']} | {spec['group'] if whole else '-'} | {steps or '-'}{back} "
+            f"| {row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB | {row['ssim_mean']:.4f} "
+            f"| {row['mse']:.2e} ({row['mse_median']:.2e}) | {row.get('cpu_seconds', row['seconds']):.0f} s |"
+        )
+    scheme = QuantScheme.model_validate(report["scheme"])
+    where = machine(report["machine"])
+    caption = (
+        f"{scheme.name}, policy {scheme.described}, {report['checkpoint']['name']}, "
+        f"sampler: {report['sampler']}, {report['steps']} steps, "
+        f"n = {report['n']} held-out seeds, sampled on {report['rows'][0]['sampled_on']}; learners have "
+        f"{report['budget_calls'] / 1e3:.0f} thousand network calls each; {where}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def cost_table(report: dict[str, Any]) -> str:
+    """Peak memory and time of an iteration by M, as markdown."""
+    depths = sorted({row["group"] for row in report["rows"]})
+    lines = [
+        "| gradient | " + " | ".join(f"M = {m}" for m in depths) + " |",
+        "|---|" + "---:|" * len(depths),
+    ]
+    for gradient in dict.fromkeys(row["gradient"] for row in report["rows"]):
+        cells = {row["group"]: row for row in report["rows"] if row["gradient"] == gradient}
+        shown = [
+            f"{cells[m]['peak_bytes'] / 2**30:.2f} GiB, {cells[m]['seconds']:.1f} s"
+            if m in cells and "peak_bytes" in cells[m]
+            else (f"> {cells[m]['beyond_bytes'] / 2**30:.0f} GiB" if m in cells else "")
+            for m in depths
+        ]
+        lines.append(f"| {gradient} | " + " | ".join(shown) + " |")
+    caption = (
+        f"Peak memory of the process and time of one iteration, {report['model']}, {report['scheme']}, batch "
+        f"{report['batch']}, {report['threads']} threads{'; ' + report['note'] if report.get('note') else ''}; "
+        f"{machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def graph_bytes(row: dict[str, Any]) -> dict[str, int]:
+    """What each graph takes on disk, with its weights."""
+    return {kind: sum(v for k, v in row["files"].items() if k.startswith(kind)) for kind in ("twin", "denoiser")}
+
+
+def export_table(report: dict[str, Any]) -> str:
+    """Memory, time and size of exports at real sizes, as markdown."""
+    gib = 2**30
+    lines = [
+        "| shape | | parameters | operators | peak (not droppable) | time | fp32 graph | quantized | compiled "
+        "| plan | as |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in report["rows"]:
+        files = graph_bytes(row)
+        made = row.get("compiled") or {}
+        told = ["-", "-", "-"]
+        if "plan_bytes" in made:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in made["operators_by_precision"].items())
+            told = [f"{made['peak_bytes'] / gib:.2f} GiB, {made['seconds']:.0f} s"]
+            told += [f"{made['plan_bytes'] / gib:.2f} GiB", kinds]
+        cells = [
+            row["shape"], row["scheme"], f"{row['parameters'] / 1e6:.0f} M", str(sum(row["operators"].values())),
+            f"{row['peak_bytes'] / gib:.2f} ({row['held_bytes'] / gib:.2f}) GiB", f"{row['seconds']:.0f} s",
+            f"{files['twin'] / gib:.2f} GiB", f"{files['denoiser'] / gib:.2f} GiB", *told,
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    caption = (
+        f"Random weights, target tensorrt, {report['threads']} thread, beside other work; compiled ahead of time by "
+        f"TensorRT-RTX {report['versions']['tensorrt-rtx']} for Ada, not run; {machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def full_size_table(report: dict[str, Any]) -> str:
+    """Memory and time of one iteration of calibration and of the export, at real sizes, as markdown."""
+    gib = 2**30
+    lines = [
+        "| shape | | parameters | operators | estimated | iteration, peak | CPU time | export, peak | CPU time "
+        "| fp32 graph | quantized |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in report["rows"]:
+        cells = [row["shape"], row["scheme"], "-", "-", f"{row['estimated_bytes'] / gib:.1f} GiB"]
+        if "files" in row:
+            stages = row["stages"]
+            learned = next(stage for title, stage in stages.items() if title.startswith("iteration"))
+            rest = [stage for stage in stages.values() if stage is not learned]
+            cells[2:4] = [f"{row['parameters'] / 1e6:.0f} M", str(sum(row["operators"].values()))]
+            for part in ([learned], rest):
+                cells.append(f"{max(s['peak_bytes'] for s in part) / gib:.2f} GiB")
+                cells.append(f"{sum(s['cpu_seconds'] for s in part):.0f} s")
+            cells += [f"{size / gib:.2f} GiB" for size in graph_bytes(row).values()]
+        elif "free_bytes" in row:
+            limit = min(report["limit_bytes"], row["free_bytes"])
+            cells += [f"not begun: more than {limit / gib:.1f} GiB", *["-"] * 5]
+        else:
+            cells += [f"given up beyond {row['beyond_bytes'] / gib:.1f} GiB", *["-"] * 5]
+        lines.append("| " + " | ".join(cells) + " |")
+    targets = ", ".join(dict.fromkeys(row["target"] for row in report["rows"]))
+    caption = (
+        f"Random weights, target {targets}; the iteration simulates M = 4 steps at batch 1 with the exact gradient; "
+        f"peaks of resident memory, mapped weights with it; {report['threads']} thread"
+        f"{', ' + report['note'] if report['note'] else ''}; {machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def yardstick_table(report: dict[str, Any]) -> str:
+    """Other quantizers beside ours, as markdown."""
+    lines = [
+        "| | PSNR to fp, mean (p10) | MSE, median | 8-bit kernels | in TensorRT-RTX | MiB | step at 1 | step at 8 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in report["rows"].items():
+        if "failed" in row:
+            lines.append(f"| {name} | {row['failed']} |" + " |" * 6)
+            continue
+        rtx, covered = row.get("compiled"), row["coverage"]
+        told = "no ONNX" if rtx is None else "refused" if "refused" in rtx else f"{rtx['low_bit']} of {rtx['all']}"
+        steps = (f"{row['step_seconds'][batch]['cpu'] * 1e3:.2f} ms" for batch in ("1", "8"))
+        cells = [
+            name, f"{row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB", f"{row['mse_median']:.2e}",
+            f"{covered['low_bit']} of {covered['all']}, {row['engine']}", told, f"{row['file_bytes'] / 2**20:.2f}",
+            *steps,
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    note = f", {report['note']}" if report["note"] else ""
+    caption = (
+        f"{report['bundle']}, {report['steps']} steps, seeds 0..{report['n'] - 1}; peers calibrated on "
+        f"{report['samples']} calls along trajectories of other seeds; median CPU time of {report['repeats']} "
+        f"interleaved steps, {report['threads']} thread{note}; {machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def bench_table(report: dict[str, Any]) -> str:
+    """The sides of one interleaved run, as markdown."""
+    sides = list(report["results"][0]["sides"])
+    lines = ["| step at batch | " + " | ".join(sides) + " |", "|---:|" + "---:|" * len(sides)]
+    for row in report["results"]:
+        cells = (
+            f"{side['step_seconds']['median'] * 1e3:.2f} ms, {side['step_speedup']:.2f}x"
+            for side in row["sides"].values()
+        )
+        lines.append(f"| {row['batch']} | " + " | ".join(cells) + " |")
+    sizes, n = report["bytes"], report["results"][0]["sides"][sides[0]]["step_seconds"]["n"]
+    caption = (
+        f"{report['scheme']} on {report['results'][0]['engine']}, medians of {n} interleaved steps, and how many times "
+        f"faster than fp32; graphs on disk {sizes['twin'] / 2**20:.2f} MiB (fp32) and "
+        f"{sizes['denoiser'] / 2**20:.2f} MiB; {machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def emoji_table(report: dict[str, Any]) -> str:
+    """Bundles of the text-to-image model beside their twin, as markdown."""
+    lines = [
+        "| | graph on disk | PSNR to fp, mean (p10) | SSIM | caption first | among ten |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in report["sides"].items():
+        close = (
+            f"{row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB | {row['ssim_mean']:.4f}" if name != "fp32" else "- | -"
+        )
+        of = row["caption"]
+        lines.append(
+            f"| {name} | {row['bytes'] / 2**20:.2f} MiB | {close} | {of['first']:.1%} | {of['first_ten']:.1%} |"
+        )
+    real = report["real"]
+    quantized = {side: row for side, row in report["sides"].items() if side != "fp32"}
+    ran = "; ".join(f"{side} {kernels(row)}" for side, row in quantized.items())
+    learned = ", ".join(f"{side} {row['iterations']}" for side, row in quantized.items())
+    caption = (
+        f"n = {report['n']} captions, one seed each, guidance {report['guidance']:g}, {report['steps']} steps, on "
+        f"{report['sides']['fp32']['engine']}, whose kernels are: {ran}. Iterations of calibration: {learned}. "
+        "Caption first, among ten: the caption's place when all "
+        f"{report['captions']} captions are ordered by how close their real pictures come to the painted one "
+        f"({report['features']}); real pictures of one style among those of the other reach {real['first']:.1%} and "
+        f"{real['first_ten']:.1%} (n = {real['n']}). {machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def kernels(row: dict[str, Any]) -> str:
+    """How many operators ran in which precision, and why some are in float."""
+    ran = ", ".join(f"{count} {precision}" for precision, count in row["operators"].items())
+    return ran + "".join(f" ({count}: {why})" for why, count in row["kept_in_float"].items())
+
+
+def emoji_sheets(report: dict[str, Any], folder: str) -> str:
+    """The same prompts by every precision; the sheets lie in `folder`."""
+    sides = list(report["sides"])
+    lines = [
+        "| " + " | ".join(sides) + " |",
+        "|" + "---|" * len(sides),
+        "| " + " | ".join(f"![{side}]({folder}emoji-{side.lower()}.png)" for side in sides) + " |",
+        "",
+        f"The same seeds under {', '.join(report['sheet'])}.",
+    ]
+    return "\n".join(lines)
+
+
+def emoji_results(report: dict[str, Any]) -> str:
+    """The sheets and the numbers."""
+    return f"{emoji_sheets(report, '')}\n\n{emoji_table(report)}"
+
+
+def soak_table(report: dict[str, Any]) -> str:
+    """One closed loop over hours against the HTTP server, as markdown."""
+    lines = [
+        "| | requests | answered | pictures/s | p50 | p95 | p99 | memory | rises |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in report["results"]:
+        took, memory, line = row["accepted_seconds"], row["memory_mib"], row["memory_line"]
+        answered = ", ".join(f"{count} x {status}" for status, count in row["statuses"].items())
+        lines.append(
+            f"| {row['lasted_seconds'] / 60:.0f} min, {row['phase']} | {row['requests']} | {answered} "
+            f"| {row['pictures_per_second']:.2f} | {took['p50']:.2f} s | {took['p95']:.2f} s | {took['p99']:.2f} s "
+            f"| {memory[0]:.0f} to {memory[-1]:.0f} MiB | {line['mib_per_hour']:.2f} MiB/h |"
+        )
+    bundle, settings = report["bundle"], report["settings"]
+    caption = (
+        f"{bundle['name']} ({bundle['scheme']}) behind accuquant-serve http, batch {settings['batch']}, "
+        f"{settings['threads'] or 'all'} threads; load average {report['results'][0]['load_average']:.1f}, "
+        f"other work ran beside it. The line of memory leaves the first fifth out. {machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def cpu_table(report: dict[str, Any]) -> str:
+    """Integers against the best float engine and against NNCF on this CPU, as markdown."""
+    lines = [
+        "| | batch | best fp32 | W8A8 | of fp32 | of bf16 | of NNCF | SQNR, NNCF's | W4A8 takes | of the int8 limit |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in ratios(report):
+        bf16 = f"{row.vs_bf16:.2f}x" if row.vs_bf16 else "-"
+        cells = [
+            row.network, str(row.batch), f"{row.fp_seconds * 1e3:.2f} ms, {row.fp.removeprefix('fp32, ')}",
+            f"{row.seconds * 1e3:.2f} ms, {row.ours.rpartition(', ')[2]}", f"{row.vs_fp:.2f}x", bf16,
+            f"{row.vs_peer:.2f}x, {row.peer.removeprefix('NNCF ')}", f"{row.sqnr:.1f}, {row.peer_sqnr:.1f} dB",
+            f"{row.four:.2f}", f"{row.share:.0%}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    told = "; ".join(f"{name}: {one['told']} ({one['found']})" for name, one in report["networks"].items())
+    limit = ", ".join(f"{kind} {rate / 1e9:.0f}" for kind, rate in report["limit"].items())
+    note = f"; {report['note']}" if report["note"] else ""
+    caption = (
+        f"Median CPU time of {report['repeats']} interleaved steps, {report['threads']} thread, everyone's fastest in "
+        f"that run: {told}. Ranges only, nothing learned. SQNR of single calls along trajectories, to ONNX Runtime in "
+        f"fp32. Limit: a product of 1024^3, in 10^9 operations per second: {limit}{note}; {machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
