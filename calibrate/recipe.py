@@ -79,9 +79,24 @@ class Recipe:
     ) -> None:
         self.facts, self.codes, self.scales = facts, codes, scales
         self.shifts, self.smoothings = shifts or {}, smoothings or {}
+        weighted = {name for name, operator in facts.operators.items() if operator.weight_bits is not None}
+        for held, what in ((codes, "codes"), (scales, "scales")):
+            if wrong := weighted ^ held.keys():
+                name = min(wrong)
+                found = f"has no {what}" if name in weighted else f"has {what}, and there is no such layer"
+                raise AccuQuantError(
+                    f"layer {name}: the recipe's weight {found}; every quantized weight has codes and scales, and "
+                    "nothing else has: calibrate again"
+                )
         for name, scale in scales.items():
-            if not (torch.isfinite(scale) & (scale > 0)).all():
-                raise AccuQuantError(f"layer {name}: a weight scale is zero, negative or not finite; calibrate again")
+            usable = (torch.isfinite(scale) & (scale > 0)).flatten()
+            if not usable.all():
+                first = int((~usable).nonzero()[0])
+                raise AccuQuantError(
+                    f"layer {name}: weight scale {first} of {usable.numel()} is {float(scale.flatten()[first]):g}; "
+                    "finite ones above zero are expected: calibrate again (--set weight_scale_rate=0 learns none), or "
+                    f"keep the layer in float (--in-float {name})"
+                )
 
     def container(self, name: str) -> Literal["int4", "int8", "float8"] | None:
         """In what a weight is stored; None if the operator has none. TensorRT takes int4 tensors of even size only."""
@@ -113,7 +128,10 @@ class Recipe:
             {k.removesuffix(end): v for k, v in tensors.items() if k.endswith(end)}
             for end in (".codes", ".scale", ".shift", ".smoothing")
         )
-        return cls(facts, codes, scales, shifts, smoothings)
+        try:
+            return cls(facts, codes, scales, shifts, smoothings)
+        except AccuQuantError as error:
+            raise AccuQuantError(f"{folder} holds no usable recipe: {error}") from error
 
 
 @torch.no_grad()
@@ -164,4 +182,8 @@ def _frozen(name: str, quantizer: ActivationQuantizer) -> ActivationRecipe:
             rows=rows if len(rows) > 1 else (),
         )
     except (ValidationError, ValueError, OverflowError) as error:
-        raise AccuQuantError(f"layer {name}: activation scale {quantizer.scale.tolist()}; calibrate again") from error
+        raise AccuQuantError(
+            f"layer {name}: activation scale {quantizer.scale.tolist()}, zero point {quantizer.zero_point.item():g}; "
+            "finite ones, the scale above zero, are expected: calibrate again (--set iterations=0 learns none), or "
+            f"keep the layer in float (--in-float {name})"
+        ) from error

@@ -12,7 +12,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..calibrate.layers import MatMul, QuantizedOperator, quantization
 from ..calibrate.trajectory import NOTHING, Condition
-from ..runtime.errors import AccuQuantError
+from ..runtime.errors import AccuQuantError, near
 from ..runtime.files import atomic
 
 OPSET = 21
@@ -101,6 +101,36 @@ def operator_nodes(model: ir.Model) -> dict[str, ir.Node]:
     return {node.name: node for node in model.graph if node.name}
 
 
+def operator_node(nodes: Mapping[str, ir.Node], name: str) -> ir.Node:
+    """The node of a recipe's layer, of `operator_nodes`.
+
+    Raises:
+        AccuQuantError: there is none.
+    """
+    if name not in nodes:
+        products = {known for known, node in nodes.items() if any(node.op_type in t for t in OPERATOR_TYPES.values())}
+        raise AccuQuantError(
+            f"layer {name} is not in the graph ({near(name, products)}); every layer of a recipe must be a node of "
+            "that name, so recipe and checkpoint do not fit: export what was calibrated, without --resume"
+        )
+    return nodes[name]
+
+
+def graph_input(model: ir.Model, name: str) -> ir.Value:
+    """The graph's input of that name.
+
+    Raises:
+        AccuQuantError: it has none.
+    """
+    found = {str(value.name): value for value in model.graph.inputs}
+    if name not in found:
+        raise AccuQuantError(
+            f"the graph has no input {name} (it has {', '.join(found) or 'none'}); a denoiser is traced with inputs "
+            f"{INPUT} and {TIMESTEP}: trace it with trace_float"
+        )
+    return found[name]
+
+
 def _name_operators(model: ir.Model, operators: dict[str, QuantizedOperator]) -> None:
     """Give the one Conv, Gemm or MatMul of each quantized module that module's name."""
     claims: dict[str, list[ir.Node]] = {name: [] for name in operators}
@@ -117,13 +147,13 @@ def _name_operators(model: ir.Model, operators: dict[str, QuantizedOperator]) ->
             raise AccuQuantError(
                 f"layer {name}: {len(nodes)} nodes in the exported graph ({found}) where one "
                 f"{' or '.join(OPERATOR_TYPES[kind])} is expected; a module that is called more than once, or not at "
-                "all, cannot be quantized: give each call a module of its own, or keep this one in float"
+                f"all, cannot be quantized: keep it in float (--in-float {name}), or give each call a module of its own"
             )
         weight = nodes[0].inputs[1]
         if kind != "matmul" and (weight is None or weight.const_value is None):
             raise AccuQuantError(
                 f"layer {name}: the weight of its {nodes[0].op_type} is computed in the exported graph, a constant is "
-                "expected; layers that share a weight cannot be quantized: keep them in float"
+                f"expected; layers that share a weight cannot be quantized: keep them in float (--in-float {name})"
             )
         nodes[0].name = name
         _name_scaling(nodes[0], name)

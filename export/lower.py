@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from ..calibrate.recipe import Recipe
 from ..calibrate.scheme import TargetName
+from .passes.clip_activations import clip_activations
 from .passes.correct_bias import correct_bias
 from .passes.group_norm_affine import group_norm_affine
 from .passes.insert_qdq import insert_qdq
@@ -48,6 +49,7 @@ def lower(float_graph: ir.Model, recipe: Recipe, target: TargetName) -> tuple[ir
     for rewrite in KERNEL_REWRITES[target]:
         rewrite(quantized, recipe)
     insert_qdq(quantized, recipe)
+    clip_activations(quantized, recipe)
     return quantized, twin
 
 

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from ..runtime.errors import AccuQuantError
-from .graph import operator_nodes
+from .graph import operator_node, operator_nodes
 
 WRITTEN = ".output.dequantize"
 QUANTIZATION = ("DequantizeLinear", "QuantizeLinear", "Clip")
@@ -37,8 +36,8 @@ def operator_places(model: ir.Model, forms: Mapping[str, Form]) -> dict[str, Pla
         AccuQuantError: an operator is not in the graph.
     """
     nodes = operator_nodes(model)
-    if missing := forms.keys() - nodes.keys():
-        raise AccuQuantError(f"layer {min(missing)} is not in the graph")
+    for name in sorted(forms):
+        operator_node(nodes, name)
     position = {id(node): n for n, node in enumerate(model.graph)}
     places: dict[str, Place] = {}
     for name in sorted(forms, key=lambda name: position[id(nodes[name])]):

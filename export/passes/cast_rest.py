@@ -17,7 +17,7 @@ from typing import Literal
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from ..graph import INPUT
+from ..graph import INPUT, graph_input
 from .insertion import constant, drop_unused, insert_before
 
 OPSET = 23
@@ -28,11 +28,15 @@ KEEP = {"QuantizeLinear": {1}, "DequantizeLinear": {1}, "Resize": {1, 2}}
 
 
 def cast_rest(model: ir.Model, to: Literal["float16", "bfloat16"]) -> int:
-    """Rewrite in place; returns how many nodes compute in 16 bits now."""
+    """Rewrite in place; returns how many nodes compute in 16 bits now.
+
+    Raises:
+        AccuQuantError: the graph has no latent.
+    """
     dtype = TYPES[to]
     model.graph.opset_imports[""] = OPSET
     ShapeInferencePass()(model)  # what the other rewrites made has no type yet
-    latent = next(value for value in model.graph.inputs if value.name == INPUT)
+    latent = graph_input(model, INPUT)
     cast = _Cast(model, dtype)
     depends = {latent}  # on the latent
     changed = 0

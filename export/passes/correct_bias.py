@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from ...calibrate.recipe import Recipe
 from ...runtime.errors import AccuQuantError
-from ..graph import operator_nodes
+from ..graph import operator_node, operator_nodes
 from .insertion import constant, drop_unused, insert_behind, read_instead
 
 
@@ -25,9 +25,7 @@ def correct_bias(model: ir.Model, recipe: Recipe) -> int:
     """
     nodes = operator_nodes(model)
     for name, shift in recipe.shifts.items():
-        node = nodes.get(name)
-        if node is None:
-            raise AccuQuantError(f"layer {name} of the recipe is not in the graph; recipe and checkpoint do not fit")
+        node = operator_node(nodes, name)
         learned = shift.numpy()
         if node.op_type == "MatMul":
             _add_behind(model, node, constant(model, f"{name}.bias.learned", learned))
@@ -35,7 +33,10 @@ def correct_bias(model: ir.Model, recipe: Recipe) -> int:
         old = node.inputs[2] if len(node.inputs) > 2 else None
         if old is not None:
             if old.const_value is None:
-                raise AccuQuantError(f"layer {name}: its bias is not a constant of the graph")
+                raise AccuQuantError(
+                    f"layer {name}: its bias is computed in the graph, a constant is expected; calibrate without "
+                    "learned biases (--set bias_rate=0)"
+                )
             learned = old.const_value.numpy() + learned
         else:
             node.resize_inputs(3)

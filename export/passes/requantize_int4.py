@@ -8,30 +8,42 @@ same scale on both sides its optimizer cancels the pair.
 
 Where weights alone are quantized there is no int8 kernel to feed, and int4 stays as it is.
 
-Requires: store_weights has run. Ensures: every int4 weight reaches its operator as int8 through a DequantizeLinear.
+Requires: store_weights has run; scales are constants, one per output channel.
+Ensures: every int4 weight reaches its operator as int8 through a DequantizeLinear.
 """
 
 import numpy as np
 import onnx_ir as ir
 
 from ...calibrate.recipe import Recipe
+from ...runtime.errors import AccuQuantError
 from ..graph import operator_nodes
 from .insertion import constant, insert_before
+from .store_weights import stored_weight
 
 STEP = np.float32(16)
 
 
 def requantize_int4(model: ir.Model, recipe: Recipe) -> int:
-    """Rewrite in place; returns how many weights were requantized."""
+    """Rewrite in place; returns how many weights were requantized.
+
+    Raises:
+        AccuQuantError: a layer of 4-bit weights is not in the graph, its weight is not stored there, or its scale is
+            computed or one per block.
+    """
     nodes = operator_nodes(model)
     if recipe.facts.scheme.weights_alone:
         return 0
     packed = [name for name in recipe.codes if recipe.container(name) == "int4"]
     for name in packed:
-        outer = nodes[f"{name}.weight.dequantize"]
+        outer = stored_weight(nodes, name)
         scale = outer.inputs[1]
-        assert scale is not None
-        assert scale.const_value is not None
+        if scale is None or scale.const_value is None or "block_size" in outer.attributes:
+            found = "one scale per block" if "block_size" in outer.attributes else "a scale that is computed"
+            raise AccuQuantError(
+                f"layer {name}: its 4-bit weight has {found}, a constant per output channel is expected, which int8 "
+                "kernels take; blocks are for weights alone (--bits 4/16)"
+            )
         values = scale.const_value.numpy() / STEP
         fine = constant(model, f"{name}.weight.fine_scale", values)
         zero = constant(model, f"{name}.weight.fine_zero", np.zeros(values.shape, np.int8))

@@ -11,8 +11,7 @@ Ensures: that node's first input is a Mul with a float constant.
 import onnx_ir as ir
 
 from ...calibrate.recipe import Recipe
-from ...runtime.errors import AccuQuantError
-from ..graph import operator_nodes
+from ..graph import operator_node, operator_nodes
 from .insertion import constant, insert_before
 
 
@@ -24,9 +23,7 @@ def smooth_inputs(model: ir.Model, recipe: Recipe) -> int:
     """
     nodes = operator_nodes(model)
     for name, smoothing in recipe.smoothings.items():
-        node = nodes.get(name)
-        if node is None:
-            raise AccuQuantError(f"layer {name} of the recipe is not in the graph; recipe and checkpoint do not fit")
+        node = operator_node(nodes, name)
         factor = smoothing.reciprocal().numpy()
         if node.op_type == "Conv":
             factor = factor.reshape(1, -1, 1, 1)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ...calibrate.recipe import Recipe
 from ...runtime.errors import AccuQuantError
-from ..graph import operator_nodes
+from ..graph import operator_node, operator_nodes
 from .insertion import constant, drop_unused, insert_behind, read_instead
 
 
@@ -19,7 +19,8 @@ def split_shortcuts(model: ir.Model, recipe: Recipe) -> Recipe:
     """Rewrite in place; returns the recipe of the new graph.
 
     Raises:
-        AccuQuantError: a layer of the recipe with two parts does not read a concatenation in the graph.
+        AccuQuantError: a layer of the recipe with two parts is not in the graph, has no codes in the recipe, or does
+            not read a concatenation of two tensors on the channel axis there.
     """
     facts = dict(recipe.facts.operators)
     codes, scales = dict(recipe.codes), dict(recipe.scales)
@@ -28,7 +29,12 @@ def split_shortcuts(model: ir.Model, recipe: Recipe) -> Recipe:
         if operator.kind != "conv" or len(operator.inputs) != 2:
             continue
         second = f"{name}.second"
-        width = _take_apart(model, nodes.get(name), name, second)
+        if name not in codes:
+            raise AccuQuantError(
+                f"layer {name}: the recipe has two inputs and no codes for its weight, which are to be taken apart; "
+                "calibrate again"
+            )
+        width = _take_apart(model, operator_node(nodes, name), name, second)
         facts[name] = operator.model_copy(update={"inputs": operator.inputs[:1]})
         facts[second] = operator.model_copy(update={"inputs": operator.inputs[1:]})
         codes[name], codes[second] = recipe.codes[name][:, :width], recipe.codes[name][:, width:]
@@ -37,17 +43,18 @@ def split_shortcuts(model: ir.Model, recipe: Recipe) -> Recipe:
     return Recipe(known, codes, scales, recipe.shifts, recipe.smoothings)
 
 
-def _take_apart(model: ir.Model, node: ir.Node | None, name: str, second: str) -> int:
+def _take_apart(model: ir.Model, node: ir.Node, name: str, second: str) -> int:
     """Returns how many channels the first part has."""
-    whole = node.inputs[0].producer() if node is not None and node.inputs[0] is not None else None
-    weight = node.inputs[1].const_value if node is not None and node.inputs[1] is not None else None
-    if node is None or weight is None or whole is None or whole.op_type != "Concat" or len(whole.inputs) != 2:
-        raise AccuQuantError(f"layer {name} was quantized in two parts, but reads no concatenation of two in the graph")
-    a, b = whole.inputs
-    assert a is not None
-    assert b is not None
-    assert a.shape is not None
-    width = int(a.shape[1])  # type: ignore[arg-type]
+    whole = node.inputs[0].producer() if node.inputs[0] is not None else None
+    weight = node.inputs[1].const_value if node.inputs[1] is not None else None
+    a, b = whole.inputs if whole is not None and _joins_channels(whole) else (None, None)
+    width = a.shape[1] if a is not None and a.shape is not None else None
+    if weight is None or not isinstance(width, int):
+        reads = "a constant or graph input" if whole is None else f"{whole.op_type} {whole.name}"
+        raise AccuQuantError(
+            f"layer {name} was quantized in two parts and reads {reads} in the graph; a Concat of two tensors of known "
+            "widths on axis 1, and a constant weight, are expected: export without --split"
+        )
     values = weight.numpy()
     old, product = node.inputs[1], node.outputs[0]
     node.replace_input_with(0, a)
@@ -62,3 +69,8 @@ def _take_apart(model: ir.Model, node: ir.Node | None, name: str, second: str) -
     total = insert_behind(model, other, "Add", [product, other.outputs[0]], f"{name}.sum")
     read_instead(model, product, total, readers)
     return width
+
+
+def _joins_channels(node: ir.Node) -> bool:
+    """Is it a concatenation of two tensors (N, C, H, W) on C?"""
+    return node.op_type == "Concat" and len(node.inputs) == 2 and node.attributes.get_int("axis", 0) in (1, -3)

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from ...calibrate.recipe import OperatorRecipe, Recipe
 from ...runtime.errors import AccuQuantError
-from ..graph import TIMESTEP, operator_nodes
+from ..graph import TIMESTEP, graph_input, operator_node, operator_nodes
 from .insertion import constant, drop_unused, insert_before, insert_behind, read_instead
 
 
@@ -26,7 +26,8 @@ def step_table(model: ir.Model, recipe: Recipe) -> Recipe:
     """Rewrite in place; returns the recipe of the new graph.
 
     Raises:
-        AccuQuantError: a layer of the recipe is not in the graph, or mixes samples along the first axis of an input.
+        AccuQuantError: a layer of the recipe is not in the graph, mixes samples along the first axis of an input, or
+            has a bias that is computed; or the graph has no timestep.
     """
     facts = dict(recipe.facts.operators)
     tabled = [name for name, operator in facts.items() if any(i.rows for i in operator.inputs)]
@@ -35,17 +36,14 @@ def step_table(model: ir.Model, recipe: Recipe) -> Recipe:
     nodes = operator_nodes(model)
     row = _row(model, np.asarray(recipe.facts.step_bounds, np.float32))
     for name in tabled:
-        node = nodes.get(name)
-        if node is None:
-            raise AccuQuantError(f"layer {name} of the recipe is not in the graph; recipe and checkpoint do not fit")
-        facts[name] = _rewrite(model, node, name, facts[name], row)
+        facts[name] = _rewrite(model, operator_node(nodes, name), name, facts[name], row)
     known = recipe.facts.model_copy(update={"operators": facts, "step_bounds": ()})
     return Recipe(known, recipe.codes, recipe.scales, recipe.shifts, recipe.smoothings)
 
 
 def _row(model: ir.Model, bounds: np.ndarray) -> ir.Value:
     """int64 (batch,): the table's row of every sample, from the graph's timesteps (batch,)."""
-    t = next(value for value in model.graph.inputs if value.name == TIMESTEP)
+    t = graph_input(model, TIMESTEP)
     first, axis = model.graph[0], constant(model, "step_row.axis", np.array([1]))
     column = insert_before(model, first, "Unsqueeze", [t, axis], "step_row.column")
     below = insert_before(model, first, "Less", [column, constant(model, "step_row.bounds", bounds)], "step_row.below")
@@ -80,7 +78,11 @@ def _rewrite(model: ir.Model, node: ir.Node, name: str, operator: OperatorRecipe
         behind = _then(model, behind, "Mul", spread, f"{name}.rescaled{n}")
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
-        assert bias.const_value is not None
+        if bias.const_value is None:
+            raise AccuQuantError(
+                f"layer {name}: its bias is computed in the graph, a constant is expected behind a table of scales; "
+                "calibrate with one set (table = 1)"
+            )
         values = bias.const_value.numpy().reshape(1, -1, *[1] * (rank - 2))
         node.resize_inputs(2)
         drop_unused(model, bias)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ...runtime.errors import AccuQuantError
-from ..graph import TIMESTEP
+from ..graph import TIMESTEP, graph_input
 from ..part import Part
 from .insertion import constant, insert_before
 
@@ -28,12 +28,12 @@ def time_table(model: ir.Model, timesteps: Sequence[float]) -> int:
     It is left as it is, and 0 returned, where the table would hold more numbers than the weights that it replaces.
 
     Raises:
-        AccuQuantError: two of the timesteps are one in float32.
+        AccuQuantError: two of the timesteps are one in float32, or the graph has no timestep.
     """
     points = np.unique(np.asarray(timesteps, np.float32))
     if len(points) != len(set(timesteps)):
         raise AccuQuantError("two timesteps of the plan are the same in float32; sample in fewer steps")
-    t = next(value for value in model.graph.inputs if value.name == TIMESTEP)
+    t = graph_input(model, TIMESTEP)
     met = _met(model, t)
     if not met:
         return 0
