@@ -1,6 +1,7 @@
 """What is evaluated: pictures drawn from a bundle or a checkpoint by their seeds, or read from disk."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class Wish:
     batch: int = 16
     threads: int = 0
     device: str = "cpu"
+    ray: int = 0  # workers; 0 draws in this process
 
     @property
     def seeds(self) -> range:
@@ -80,32 +82,46 @@ def of_bundle(folder: Path, wish: Wish, twin: bool, show: Show) -> Subject:
     if texts is None and isinstance(manifest.conditioning, ByText):
         texts = prompts_of(wish.seeds, manifest.conditioning.examples)
     sides: list[tuple[str, NetworkName]] = [("quantized", "denoiser")] + ([("fp", "twin")] if twin else [])
-    sets, engine, calls, guidance = [], "", 0, 1.0
+    wishes: dict[str, Sequence[Any]] = {"seeds": wish.seeds} | ({} if texts is None else {"prompts": texts})
+    sets, engine = [], f"{wish.engine}, {wish.ray} workers of Ray"
     for name, network in sides:
-        with Pipeline(
-            bundle, network=network, engine=wish.engine, batch=min(wish.batch, wish.n), threads=wish.threads,
-            plan=plan, guidance=wish.guidance,
-        ) as pipeline:  # fmt: skip
-            engine, calls, guidance = pipeline.engine.name, len(pipeline.plan), pipeline.denoiser.guidance
-            parts = []
-            for first in range(0, wish.n, SEEDS):
-                rows = slice(first, min(first + SEEDS, wish.n))
-                some = texts[rows] if texts is not None else None
-                latents = pipeline.generate(wish.seeds[rows], prompts=some)
-                parts.append(pipeline.pictures(latents))
-                show(f"sampling {name}", rows.stop, wish.n, "")
+        opening: dict[str, Any] = {
+            "network": network, "engine": wish.engine, "batch": min(wish.batch, wish.n), "plan": plan,
+            "guidance": wish.guidance,
+        }  # fmt: skip
+        parts, done = [], 0
+        with ExitStack() as held:
+            if wish.ray:
+                from accuquant.runtime.serve.on_ray import Opening, sample
+
+                drawn = sample(Opening(folder, threads=wish.threads or 1, **opening), wishes, wish.ray)
+            else:
+                pipeline = held.enter_context(Pipeline(bundle, threads=wish.threads, **opening))
+                drawn, engine = _drawn(pipeline, wishes), pipeline.engine.name
+            for pixels in drawn:
+                parts.append(pixels)
+                done += len(pixels)
+                show(f"sampling {name}", done, wish.n, "")
         sets.append(PictureSet(name, np.concatenate(parts)))
+    usual = 1.0 if manifest.conditioning is None else manifest.conditioning.guidance
     facts = {
         "bundle": folder.name,
         "manifest_sha256": sha256(folder / "manifest.json"),
         "found": manifest.found,
         "scheme": manifest.scheme,
         "sampler": plan.sampler if plan else manifest.sampler,
-        "calls": calls,
-        "guidance": guidance,
+        "calls": len(plan or bundle.plan),
+        "guidance": usual if wish.guidance is None else wish.guidance,
         "engine": engine,
     }
     return Subject(tuple(sets), facts, wish.seeds, texts)
+
+
+def _drawn(pipeline: Pipeline, wishes: Mapping[str, Sequence[Any]]) -> Iterator[np.ndarray]:
+    """Pictures of a pipeline in this process, some at a time."""
+    for first in range(0, len(wishes["seeds"]), SEEDS):
+        some = {name: values[first : first + SEEDS] for name, values in wishes.items()}
+        yield pipeline.pictures(pipeline.generate(**some))
 
 
 def of_checkpoint(path: Path, config: Path | None, wish: Wish, show: Show) -> Subject:
@@ -123,11 +139,20 @@ def of_checkpoint(path: Path, config: Path | None, wish: Wish, show: Show) -> Su
     if guidance is None:
         guidance = 1.0 if model.conditioning is None else model.conditioning.guidance
     network, decoder = model.guided(guidance).to(wish.device), model.decoder
+    chunks = [wish.seeds[first : first + wish.batch] for first in range(0, wish.n, wish.batch)]
+    if wish.ray:
+        from accuquant.calibrate.teacher_on_ray import finals_on_ray
+
+        condition = model.condition(wish.seeds)
+        finals = finals_on_ray(
+            network, plan, wish.seeds, model.sample_shape, condition,
+            workers=wish.ray, threads=wish.threads or 1, batch=wish.batch,
+        )  # fmt: skip
+    else:
+        runs = (simulate(network, plan, c, model.sample_shape, model.condition(c), batch=wish.batch) for c in chunks)
+        finals = (run.states[-1] for run in runs)
     parts = []
-    for first in range(0, wish.n, wish.batch):
-        chunk = wish.seeds[first : first + wish.batch]
-        run = simulate(network, plan, chunk, model.sample_shape, model.condition(chunk), batch=wish.batch)
-        final = run.states[-1]
+    for chunk, final in zip(chunks, finals, strict=True):
         if not torch.isfinite(final).all():
             raise AccuQuantError(
                 f"seeds {chunk[0]}..{chunk[-1]} end in values that are not finite; check the checkpoint, or choose "
@@ -135,7 +160,7 @@ def of_checkpoint(path: Path, config: Path | None, wish: Wish, show: Show) -> Su
             )
         with torch.no_grad():
             parts.append(to_uint8((final if decoder is None else decoder(final)).numpy()))
-        show("sampling fp", first + len(chunk), wish.n, "")
+        show("sampling fp", chunk[-1] + 1 - wish.seed, wish.n, "")
     facts = {
         "checkpoint": path.name,
         "sha256": sha256(path),
@@ -145,7 +170,7 @@ def of_checkpoint(path: Path, config: Path | None, wish: Wish, show: Show) -> Su
         "steps": steps,
         "calls": len(plan),
         "guidance": guidance,
-        "engine": f"torch {torch.__version__}, {wish.device}",
+        "engine": f"torch {torch.__version__}, {wish.device}" + (f", {wish.ray} workers of Ray" if wish.ray else ""),
     }
     return Subject((PictureSet("fp", np.concatenate(parts)),), facts, wish.seeds)
 

@@ -239,7 +239,10 @@ def evaluate(
     config: Annotated[Path | None, typer.Option(help="Of a checkpoint, as for the exporter.")] = None,
     engine: Annotated[str, typer.Option(help="Of a bundle.")] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Drawn at a time.")] = 16,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all; of a worker of Ray, one.")] = 0,
+    ray: Annotated[
+        int, typer.Option(min=0, help="Draw on so many workers of Ray, here or on the cluster that RAY_ADDRESS names.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="Of torch: cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="JSON of the numbers.")] = Path("build/evaluation.json"),
     sheet: Annotated[Path | None, typer.Option(help="A .png of the first 128 pictures.")] = None,
@@ -258,7 +261,7 @@ def evaluate(
     is_bundle, is_file = (what / "manifest.json").exists(), what.is_file() and what.suffix not in (".npz", ".npy")
     drawn = is_bundle or is_file
     texts = [lines[i % len(lines)] for i in range(n)] if lines and drawn else lines
-    wish = Wish(n, seed, steps, sampler, plan, guidance, texts, engine, batch, threads, device)
+    wish = Wish(n, seed, steps, sampler, plan, guidance, texts, engine, batch, threads, device, ray)
     if against is not None and drawn:
         raise AccuQuantError("--against pairs pictures of folders; a bundle is paired with its own twin")
     with bar() as show:

@@ -19,6 +19,7 @@ from tables import (
     full_size_table,
     methods_table,
     soak_table,
+    split_table,
     yardstick_table,
 )
 
@@ -88,6 +89,7 @@ def results_page() -> str:
     for heading, pattern, draw in (
         ("Text to image", "emoji.json", emoji_results),
         ("Steps on a CPU", "cpu*.json", cpu_table),
+        ("Convolutions of a concatenation", "split.json", split_table),
         ("Other quantizers beside ours", "yardsticks*.json", yardstick_table),
         ("Export at real sizes", "export-sizes.json", export_table),
         ("Calibration and export at real sizes", "full-sizes.json", full_size_table),

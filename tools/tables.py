@@ -144,29 +144,36 @@ def full_size_table(report: dict[str, Any]) -> str:
 def yardstick_table(report: dict[str, Any]) -> str:
     """Other quantizers beside ours, as markdown."""
     lines = [
-        "| | PSNR to fp, mean (p10) | MSE, median | 8-bit kernels | in TensorRT-RTX | MiB | step at 1 | step at 8 |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| | calls, made in | PSNR to fp, mean (p10) | MSE, median | 8-bit kernels | in TensorRT-RTX: plan, weights "
+        "| graph | step at 1 | step at 8 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, row in report["rows"].items():
         if "failed" in row:
-            lines.append(f"| {name} | {row['failed']} |" + " |" * 6)
+            lines.append(f"| {name} | {row['failed']} |" + " |" * 7)
             continue
         rtx, covered = row.get("compiled"), row["coverage"]
-        told = "no ONNX" if rtx is None else "refused" if "refused" in rtx else f"{rtx['low_bit']} of {rtx['all']}"
+        told = "no ONNX" if rtx is None else "refused" if "refused" in rtx else _plan(rtx)
+        spent = f"{row['samples']}, {row['quantize_seconds']:.0f} s" if "samples" in row else "-"
         steps = (f"{row['step_seconds'][batch]['cpu'] * 1e3:.2f} ms" for batch in ("1", "8"))
         cells = [
-            name, f"{row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB", f"{row['mse_median']:.2e}",
-            f"{covered['low_bit']} of {covered['all']}, {row['engine']}", told, f"{row['file_bytes'] / 2**20:.2f}",
+            name, spent, f"{row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB", f"{row['mse_median']:.2e}",
+            f"{covered['low_bit']} of {covered['all']}, {row['engine']}", told, f"{row['file_bytes'] / 2**20:.2f} MiB",
             *steps,
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     note = f", {report['note']}" if report["note"] else ""
     caption = (
-        f"{report['bundle']}, {report['steps']} steps, seeds 0..{report['n'] - 1}; peers calibrated on "
-        f"{report['samples']} calls along trajectories of other seeds; median CPU time of {report['repeats']} "
-        f"interleaved steps, {report['threads']} thread{note}; {machine(report['machine'])}."
+        f"{report['bundle']}, {report['steps']} steps, seeds 0..{report['n'] - 1}; calls are those along trajectories "
+        "of other seeds that calibration looked at; compiled by TensorRT-RTX ahead of time, not run; median CPU time "
+        f"of {report['repeats']} interleaved steps, {report['threads']} thread{note}; {machine(report['machine'])}."
     )
     return "\n".join([*lines, "", caption])
+
+
+def _plan(made: dict[str, Any]) -> str:
+    plan, weights = (f"{made[key] / 2**20:.2f}" for key in ("plan_bytes", "weights_bytes"))
+    return f"{made['low_bit']} of {made['all']}: {plan}, {weights} MiB"
 
 
 def bench_table(report: dict[str, Any]) -> str:
@@ -286,5 +293,34 @@ def cpu_table(report: dict[str, Any]) -> str:
         f"Median CPU time of {report['repeats']} interleaved steps, {report['threads']} thread, everyone's fastest in "
         f"that run: {told}. Ranges only, nothing learned. SQNR of single calls along trajectories, to ONNX Runtime in "
         f"fp32. Limit: a product of 1024^3, in 10^9 operations per second: {limit}{note}; {machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def split_table(report: dict[str, Any]) -> str:
+    """Three ways to quantize a convolution of a concatenation, as markdown."""
+    forms = list(next(iter(report["layers"].values()))["forms"])
+    lines = [
+        "| convolution | channels | s_a / s_b | " + " | ".join(forms) + " |",
+        "|---|---:|---:|" + "---:|" * len(forms),
+    ]
+    for name, layer in report["layers"].items():
+        cells = (
+            f"{row['sqnr']['8']:.1f}, {row['sqnr']['4']:.1f} dB; {row['seconds']['median'] * 1e6:.0f} us"
+            for row in layer["forms"].values()
+        )
+        a, b = layer["channels"]
+        lines.append(f"| {name} | {a} + {b} | {layer['scales']:.2f} | " + " | ".join(cells) + " |")
+    made = {
+        form: {(row["compiled"]["low_bit"], row["compiled"]["all"]) for row in rows if "low_bit" in row["compiled"]}
+        for form in forms
+        for rows in ([layer["forms"][form] for layer in report["layers"].values()],)
+    }
+    kernels = "; ".join(f"{form} {low} of {every}" for form, found in made.items() for low, every in sorted(found))
+    caption = (
+        f"SQNR of the result at W8, W4, activations in 8 bits, ranges min-max, n = {report['calls']} calls along "
+        f"{report['checkpoint']}'s trajectories; median CPU time of {report['repeats']} calls of {report['batch']}, "
+        f"forms in turn, one thread, OpenVINO. Products in 8 bits by TensorRT-RTX, compiled for {report['gpu']}, "
+        f"not run: {kernels or 'not installed'}; {machine(report['machine'])}."
     )
     return "\n".join([*lines, "", caption])

@@ -4,6 +4,7 @@ NNCF, ONNX Runtime's static quantizer and ModelOpt are run as tools/peers/ says,
 is made on the first run. They are given what a bundle's float twin is called with along its own trajectories, from
 seeds that nobody is judged on. Then all of them, our bundles and the twin
 
+    budget     calls along trajectories that were looked at, and seconds until the graph was written
     coverage   how many of the kernels that multiply do so in 8 bits, by the engine's own report
     compile    the same by TensorRT-RTX, ahead of time, with the plan's size, for graphs in ONNX
     speed      a step's median wall and CPU time, all graphs interleaved in one run
@@ -175,13 +176,16 @@ def contestants(
     write(recorded(first, range(TEACHER_SEEDS, TEACHER_SEEDS + CHAINS), samples), data)
     found = {"fp32": Contestant(first.graph("twin"), choose("auto", first.manifest.target))}
     for bundle in bundles:
-        target = bundle.manifest.target
-        row = {"calibration": bundle.manifest.provenance["calibration"], "target": target}
-        name = f"AccuQuant {bundle.manifest.scheme}, {target}"
+        target, spec = bundle.manifest.target, bundle.manifest.provenance["calibration"]
+        row = {"calibration": spec, "target": target, "quantize_seconds": _seconds(bundle)}
+        row["samples"] = (spec["trajectories"] + spec["held_out"]) * len(bundle.plan)
+        name = f"AccuQuant {bundle.manifest.scheme}, {target}{'' if spec['iterations'] else ', ranges only'}"
+        if name in found:
+            raise AccuQuantError(f"{bundle.folder} is the second of {name}; leave one of them out")
         found[name] = Contestant(bundle.graph("denoiser"), choose("auto", target), row)
     for candidate in candidates:
         keep = float_products(first) if candidate.like_ours else []
-        row = {"settings": {**candidate.settings, "keep": keep}}
+        row: dict[str, Any] = {"settings": {**candidate.settings, "keep": keep}, "samples": samples}
         row |= {"requirements": LIBRARIES[candidate.library].requirements}
         found[candidate.name] = Contestant(Path(), candidate.engine, row)
         begun = time.perf_counter()
@@ -229,6 +233,13 @@ def measure(
                 found[name].row.setdefault("step_seconds", {})[str(batch)] = seconds
 
 
+def _seconds(bundle: Bundle) -> float:
+    """That its calibration and export took, by its report."""
+    report = bundle.folder / "report" / "report.json"
+    times = json.loads(report.read_text())["times"]
+    return float(times["calibration"] + times["export"])
+
+
 def _bytes(graph: Path) -> int:
     """On disk, with what lies beside the graph: external data, or the weights of an OpenVINO file."""
     beside = (graph.with_name(graph.name + ".data"), graph.with_suffix(".bin"))
@@ -237,7 +248,19 @@ def _bytes(graph: Path) -> int:
 
 def table(report: Mapping[str, Any]) -> Table:
     made = Table(title=f"n = {report['n']} seeds, {report['steps']} steps, {report['samples']} calibration samples")
-    columns = ("", "PSNR dB", "p10", "MSE, median", "8-bit kernels", "RTX", "MiB", "ms at 1", "ms at 8")
+    columns = (
+        "",
+        "PSNR dB",
+        "p10",
+        "MSE, median",
+        "8-bit kernels",
+        "RTX",
+        "plan",
+        "MiB",
+        "ms at 1",
+        "ms at 8",
+        "made in",
+    )
     for column in columns:
         made.add_column(column, justify="left" if not column else "right")
     for name, row in report["rows"].items():
@@ -245,11 +268,14 @@ def table(report: Mapping[str, Any]) -> Table:
             made.add_row(name, row["failed"])
             continue
         rtx, covered = row.get("compiled", {}), row["coverage"]
+        plan = f"{rtx['plan_bytes'] / 2**20:.2f}" if "plan_bytes" in rtx else "-"
         told = "refused" if "refused" in rtx else f"{rtx['low_bit']}/{rtx['all']}" if rtx else "-"
         cpu = (f"{row['step_seconds'][batch]['cpu'] * 1e3:.2f}" for batch in ("1", "8"))
         made.add_row(
             name, f"{row['psnr_mean']:.2f}", f"{row['psnr_p10']:.2f}", f"{row['mse_median']:.2e}",
-            f"{covered['low_bit']}/{covered['all']}", told, f"{row['file_bytes'] / 2**20:.2f}", *cpu,
+            f"{covered['low_bit']}/{covered['all']}", told,
+            plan, f"{row['file_bytes'] / 2**20:.2f}", *cpu,
+            f"{row['quantize_seconds']:.0f} s" if "quantize_seconds" in row else "-",
         )  # fmt: skip
     return made
 
