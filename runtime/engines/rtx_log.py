@@ -5,7 +5,8 @@ With ProfilingVerbosity.DETAILED the log holds a `Layers:` block, one line a ker
     Name: .., LayerType: correlation, Inputs: [ { .., Datatype: Int8, .. }], Constants: [..], Outputs: [..],
     TacticName: .., StreamId: 0, Metadata: [ONNX Layer: conv_in][ONNX Layer: conv_in.input0.dequantize]..
 
-The format is documented nowhere; it was read off release 1.7, and a test holds samples of it. TensorRT tells the same
+The format is documented nowhere; it was read off release 1.7, and a test holds samples of it. A kernel is one of
+integers only if both operands are: some take codes and turn them into floats before they multiply. TensorRT tells it
 as JSON, through an inspector of the finished plan: its documented keys are read here too, and were not tried on a GPU.
 """
 
@@ -17,16 +18,18 @@ from dataclasses import dataclass
 from ..errors import AccuQuantError
 from .base import Kernel
 
-# Kernels that multiply: `correlation` is a convolution, `runtime_fusion` a matmul whose kernel is chosen on the device.
-PRODUCTS = frozenset({"correlation", "deconv", "gemm", "runtime_fusion"})
+# Kernels that multiply: `correlation` convolves, `runtime_fusion` is a product whose kernel is chosen on the device.
+ATTENTION = "gemm_mha"  # both products and the softmax in one: a `kgen` by its type, this by its name
+PRODUCTS = frozenset({"correlation", "deconv", "gemm", "runtime_fusion", ATTENTION})
 TYPES = ("BFloat16", "Half", "FP8", "FP4", "Int8", "Int4", "Int32", "Int64", "Bool", "Float")  # as layers name them
 
 LOW_BIT = frozenset({"Int4", "Int8", "FP8"})
 
 _LAYER = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]+), (?P<rest>.*)$")
-_FIRST = re.compile(r"\[ \{.*?Datatype: (?P<type>\w+)")
+_PORTS = re.compile(r"Inputs: \[(.*?)\], Constants: \[(.*?)\], Outputs: \[(.*?)\], Tactic")
+_TYPE = re.compile(r"Datatype: (\w+)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-_STORED = re.compile(rf"Datatype: ({'|'.join(sorted(LOW_BIT))})\b")
+_CASTS_FIRST = re.compile(r"Cast\w*(Fc|Corr)")  # a fusion is named by what it does, in order
 _BYTES = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
 
 
@@ -34,7 +37,8 @@ _BYTES = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
 class Compiled:
     """The kernels of a plan in order, and what it holds in memory.
 
-    A kernel's precision is its first input's; a product of floats and stored codes is "Half x Int4", say.
+    A kernel's precision is its first input's. A product's is that of its operands, in which it multiplies; one of
+    floats and stored codes is "Half x Int4", say.
     """
 
     kernels: tuple[Kernel, ...]
@@ -59,13 +63,9 @@ def parse_log(text: str) -> Compiled:
     kernels = []
     for line in block.split("\n"):
         if match := _LAYER.match(line):
-            inputs, _, constants = match["rest"].partition("Constants: ")
-            first = _FIRST.search(inputs) or _FIRST.search(constants)
-            precision = first["type"] if first else "-"
-            stored = _STORED.search(constants.partition("Outputs: ")[0])
-            if stored and match["kind"] in PRODUCTS and precision not in LOW_BIT:
-                precision = f"{precision} x {stored[1]}"
-            kernels.append(Kernel(match["kind"], precision, tuple(_NODE.findall(match["rest"]))))
+            kind = ATTENTION if match["name"].startswith(f"_{ATTENTION}") else match["kind"]
+            precision = _precision(match["name"], kind, match["rest"])
+            kernels.append(Kernel(kind, precision, tuple(_NODE.findall(match["rest"]))))
         elif line.startswith("I/O Tensors:"):
             break
     if not kernels:
@@ -73,6 +73,22 @@ def parse_log(text: str) -> Compiled:
         raise AccuQuantError(f"the compiler's log holds {problem}; accuquant reads the format of TensorRT-RTX 1.7")
     sizes = {kind: int(count) for kind, count in _BYTES.findall(text)}
     return Compiled(tuple(kernels), sizes.get("Weights", 0), sizes.get("Activation", 0))
+
+
+def _precision(name: str, kind: str, rest: str) -> str:
+    """In which type a kernel computes."""
+    ports = _PORTS.match(rest)
+    inputs, constants, outputs = ([], [], []) if ports is None else (_TYPE.findall(part) for part in ports.groups())
+    given = [*inputs, *constants]
+    first = given[0] if given else "-"
+    if kind not in PRODUCTS or not given:
+        return first
+    widened = kind == "runtime_fusion" and _CASTS_FIRST.search(name) is not None
+    if first in LOW_BIT and first in given[1:] and not widened:
+        return first
+    multiplied = next(t for t in [*given, *outputs] if t not in LOW_BIT)
+    stored = next((t for t in constants if t in LOW_BIT), None)
+    return multiplied if stored is None else f"{multiplied} x {stored}"
 
 
 def parse_layers(text: str) -> Compiled:

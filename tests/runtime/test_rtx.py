@@ -21,31 +21,12 @@ from accuquant.export.graph import save_graph, trace_float
 from accuquant.export.lower import lower
 from accuquant.export.passes.cast_rest import cast_rest
 from accuquant.runtime.engines.compile_plan import CompileRequest, compile_plan
-from accuquant.runtime.engines.rtx_log import parse_log
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.inspection import operator_precisions
 from onnx import TensorProto, helper, numpy_helper
 
 REFERENCE = Path(__file__).parents[2] / "tools" / "reference" / "fashion-ddim.ckpt"
 GPUS = ["default", "sm86", "sm89", "sm120"]
-
-
-# -- the log ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_log_of_release_1_7_is_read():
-    compiled = parse_log((Path(__file__).parent / "rtx_1.7_log.txt").read_text())
-    assert [k.kind for k in compiled.kernels] == [
-        "shape_call", "kgen", "gemm", "gemm", "correlation", "correlation", "signal", "wait",
-    ]  # fmt: skip
-    assert compiled.precisions(["temb.dense.0", "conv_in", "node_cos"]) == {"temb.dense.0": "Int8", "conv_in": "Int8"}
-    assert compiled.weights_bytes == 3_307_268
-
-
-@pytest.mark.parametrize("text", ["", "Total Weights Memory: 12 bytes\n", "Layers:\nsomething else\n"])
-def test_another_format_is_an_error_and_not_an_empty_answer(text):
-    with pytest.raises(AccuQuantError, match=r"TensorRT-RTX 1\.7"):
-        parse_log(text)
 
 
 # -- our graphs ------------------------------------------------------------------------------------------------------
