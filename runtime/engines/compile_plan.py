@@ -142,7 +142,7 @@ def _build(asked: dict[str, Any]) -> dict[str, str]:
             rows.append((severity, message))
 
     def refused(reasons: Sequence[str]) -> dict[str, str]:
-        said = [r for r in reasons if NO_REASON not in r]
+        said = [line.strip() for reason in reasons for line in reason.splitlines() if NO_REASON not in line]
         return {"refused": "; ".join(dict.fromkeys(said)) or "no reason given", "log": "", "layers": ""}
 
     log = Log()
@@ -151,7 +151,7 @@ def _build(asked: dict[str, Any]) -> dict[str, str]:
     parser: tensorrt.OnnxParser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(asked["graph"]):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        return refused([f"node {e.node_name()}: {e.desc()}" for e in errors])
+        return refused([f"node {e.node_name()}: {_reason(e)}" for e in errors])
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if asked["library"] == "tensorrt_rtx" and asked["target"] != "default":
@@ -182,6 +182,12 @@ def _build(asked: dict[str, Any]) -> dict[str, str]:
             write_bytes(timings, bytes(measured.serialize()))
     layers = "" if asked["library"] == "tensorrt_rtx" else _layers(trt, log, plan)
     return {"refused": "", "log": "\n".join(message for _, message in rows), "layers": layers}
+
+
+def _reason(error: Any) -> str:
+    """Why the parser stopped; of an operator that it does not know it says `false`, and no more."""
+    said: str = error.desc()
+    return f"{error.node_operator()} is not supported" if said == "false" else said
 
 
 def _layers(trt: Any, log: Any, plan: Any) -> str:

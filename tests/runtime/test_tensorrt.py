@@ -207,7 +207,7 @@ def test_layers_without_detail_are_an_error(text):
 BUILDING = {
     "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"),
     "OnnxParser": ("parse_from_file", "num_errors", "get_error"),
-    "ParserError": ("node_name", "desc"),
+    "ParserError": ("node_name", "node_operator", "desc"),
     "INetworkDefinition": ("num_inputs", "get_input"),
     "ITensor": ("name", "shape"),
     "IOptimizationProfile": ("set_shape",),
