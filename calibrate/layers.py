@@ -20,10 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.errors import AccuQuantError
+from ..runtime.errors import AccuQuantError, near
 from .grid import Grid, centred_codes, round_through
 from .rounding import WeightQuantizer
 from .scheme import OperatorKind, QuantScheme, Role
+
+# Without a quantized form: compilers multiply transposed ones in float anyway, and no family has the others.
+UNQUANTIZABLE = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class MatMul(nn.Module):
@@ -31,6 +34,9 @@ class MatMul(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.matmul(a, b)
+
+
+QUANTIZABLE = (nn.Conv2d, nn.Linear, MatMul)
 
 
 class RowTable(Protocol):
@@ -169,7 +175,10 @@ class QuantizedConv2d(QuantizedOperator):
         parts = 1 if split is None else 2
         super().__init__(name, role, [activation] * parts if activation else [], WeightQuantizer(conv.weight, weight))
         if conv.padding_mode != "zeros":
-            raise AccuQuantError(f"layer {name} pads with {conv.padding_mode!r}; only zero padding stays zero in codes")
+            raise AccuQuantError(
+                f"layer {name} pads with padding_mode {conv.padding_mode!r}; only 'zeros' can be quantized, which stay "
+                f"zero in codes: keep the layer in float (--in-float {name})"
+            )
         if split is not None and output is not None:
             raise AccuQuantError(f"layer {name}: a split convolution cannot write 8 bits; leave --split out")
         self.conv = conv.requires_grad_(False)
@@ -255,25 +264,31 @@ def quantize_operators(
 ) -> dict[str, QuantizedOperator]:
     """Replace Conv2d, Linear and MatMul in `network` by their quantized forms, and return these by name.
 
-    Those whose role the scheme's policy keeps in float, or that the scheme names, stay what they are.
+    Those whose role the scheme's policy keeps in float, or that a pattern of the scheme matches, stay what they are, of
+    whatever kind.
 
     `splits` names the convolutions that are quantized in two parts, and the channels of the first (splits.py).
 
     Raises:
-        AccuQuantError: the network holds no such operator, a kind of convolution that has no quantized form yet, or no
-            operator of a name that the scheme keeps in float.
+        AccuQuantError: the network holds no such operator, one to be quantized of a kind that has no quantized form, or
+            none that one of the scheme's patterns matches.
     """
     made: dict[str, QuantizedOperator] = {}
-    kept = set(scheme.in_float)
+    names: list[str] = []
+    used: set[str] = set()
     for name, module in list(network.named_modules()):
-        if isinstance(module, nn.Conv1d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-            raise AccuQuantError(f"layer {name} is a {type(module).__name__}, which has no quantized form yet")
-        role = role_of(name)
-        if scheme.stays_float(role):
+        if not isinstance(module, QUANTIZABLE + UNQUANTIZABLE):
             continue
-        if name in kept and isinstance(module, nn.Conv2d | nn.Linear | MatMul):
-            kept.remove(name)
+        names.append(name)
+        role, patterns = role_of(name), scheme.left_out(name)
+        used |= set(patterns)
+        if patterns or scheme.stays_float(role):
             continue
+        if isinstance(module, UNQUANTIZABLE):
+            raise AccuQuantError(
+                f"layer {name} is a {type(module).__name__}, which has no quantized form; Conv2d, Linear and products "
+                f"of attention have one: keep the layer in float (--in-float {name})"
+            )
         if isinstance(module, nn.Conv2d):
             made[name] = QuantizedConv2d(
                 name,
@@ -297,10 +312,16 @@ def quantize_operators(
             grid = scheme.activation_grid(role, "matmul")
             if grid is not None:
                 made[name] = QuantizedMatMul(name, role, grid, grid)
-    if kept:
-        raise AccuQuantError(f"layer {min(kept)} is to stay in float, and the network quantizes no layer of that name")
+    if unused := [pattern for pattern in scheme.in_float if pattern not in used]:
+        raise AccuQuantError(
+            f"layer {unused[0]} is to stay in float, and no layer of the network has that name "
+            f"({near(unused[0], names)}); a * stands for any part of a name (--in-float 'mid.*')"
+        )
     if not made and not scheme.nothing_quantized:
-        raise AccuQuantError("the network has no convolution, linear layer or attention product to quantize")
+        raise AccuQuantError(
+            f"the network has no convolution, linear layer or attention product to quantize: of {len(names)} none is "
+            f"left by policy {scheme.described}; choose another --policy, or export with --bits fp16 --target tensorrt"
+        )
     for name, operator in made.items():
         parent, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(parent), leaf, operator)

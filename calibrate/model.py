@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from ..runtime.bundle import ByClass, ByRows, ByText, Conditioning
 from ..runtime.conditions import check_guidance, classes_of, prompts_of
-from ..runtime.errors import AccuQuantError
+from ..runtime.errors import AccuQuantError, near
 from ..runtime.rows import Rows, described, read_rows
 from ..runtime.tokenizer import Tokenizer
 from .guidance import Guided
-from .layers import QuantizedOperator, quantize_operators
+from .layers import QUANTIZABLE, QuantizedOperator, quantize_operators
+from .roles import Roles
 from .scheme import QuantScheme, Role
 from .splits import find_splits
 from .trajectory import NOTHING, Condition
@@ -136,6 +137,31 @@ class DiffusionModel:
 
 
 def quantize(model: DiffusionModel, scheme: QuantScheme) -> dict[str, QuantizedOperator]:
-    """Put the model's operators on the scheme's grids, in place, and return them by name; still to be calibrated."""
+    """Put the model's operators on the scheme's grids, in place, and return them by name; still to be calibrated.
+
+    Raises:
+        AccuQuantError: what `quantize_operators` refuses, a split where nothing can be split, or a pattern of the
+            family's roles that matches nothing.
+    """
+    if scheme.policy != "uniform" and not scheme.nothing_quantized:
+        _check_roles(model)
     splits = find_splits(model.network, model.sample_shape, model.condition([0])) if scheme.split else None
     return quantize_operators(model.network, scheme, model.role_of, splits)
+    if splits is not None and not splits:
+        raise AccuQuantError(
+            f"--split: no convolution of the model ({model.found}) reads a concatenation of two tensors directly, as "
+            "shortcuts of U-Nets do; leave --split out"
+        )
+
+
+def _check_roles(model: DiffusionModel) -> None:
+    """Else a policy would pass over the layers that it is about."""
+    if not isinstance(model.role_of, Roles):
+        return
+    names = [name for name, module in model.network.named_modules() if isinstance(module, QUANTIZABLE)]
+    for pattern, role in model.role_of.unmatched(names).items():
+        raise AccuQuantError(
+            f"family {model.family}: its pattern {pattern} for {role} layers matches none of the {len(names)} layers "
+            f"of {model.found} ({near(pattern, names)}); the family does not know this network, and no policy by roles "
+            "can be kept: export with --policy uniform"
+        )

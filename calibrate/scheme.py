@@ -6,6 +6,7 @@ roles that the family assigns ("first", "last", "time", "body", "attention").
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -91,7 +92,7 @@ class QuantScheme(BaseModel):
     container: ContainerName = "packed"  # of weights of up to 4 bits: two in a byte, or one
     reserve: float = Field(0.1, ge=0, le=1)  # share of low-bit weights that keeps 8 bits; sensitivity.py
     split: bool = False  # a scale for each part of a concatenation that a convolution reads; splits.py
-    in_float: tuple[str, ...] = ()  # operators that stay in float beside the policy's: where a machine is faster so
+    in_float: tuple[str, ...] = ()  # patterns of operators that stay in float beside the policy's, as a shell's
     rest: GraphRest = "float32"  # of the graph's nodes that are not integer, where a target takes types as they stand
 
     @model_validator(mode="after")
@@ -134,13 +135,19 @@ class QuantScheme(BaseModel):
             return f"{self.rest} throughout"
         kept = f", up to {self.reserve:.0%} of the weights in 8 bits" if self.reserve and self.weight_bits < 8 else ""
         attention = "" if self.attention_quantized else ", attention products in float"
-        tuned = f", {len(self.in_float)} more operators in float" if self.in_float else ""
-        return f"{self.policy} ({POLICIES[self.policy].describes}{attention}{kept}{tuned})"
+        more = f", {len(self.in_float)} more operators in float" if self.in_float else ""
+        if any(set(pattern) & set("*?[") for pattern in self.in_float):
+            more = f", in float too {' '.join(self.in_float)}"
+        return f"{self.policy} ({POLICIES[self.policy].describes}{attention}{kept}{more})"
 
     def stays_float(self, role: Role) -> bool:
         if role == "attention" and not self.attention_quantized:
             return True
         return self.nothing_quantized or role in POLICIES[self.policy].in_float
+
+    def left_out(self, name: str) -> list[str]:
+        """The patterns by which an operator of that name stays in float, whatever its role."""
+        return [pattern for pattern in self.in_float if fnmatchcase(name, pattern)]
 
     @property
     def attention_quantized(self) -> bool:

@@ -148,7 +148,7 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         show("export", 3, 3, "")
         times["export"] = time.perf_counter() - begun
         facts = operator_facts(recipe, quantized)
-        in_float = left_in_float(model.network, request.scheme, model.role_of, quantized)
+        in_float = left_in_float(model.network, request.scheme, model.role_of, quantized, request.tuning)
 
         def manifested() -> Bundle:
             _write_manifest(

@@ -53,6 +53,9 @@ def export(
     attention: Annotated[
         str, typer.Option(help="Attention's products: float or quantized [float for tensorrt, which fuses them so].")
     ] = "auto",
+    in_float: Annotated[
+        list[str], typer.Option(help="A layer to leave in float, or a pattern of such ('mid.*'); may be repeated.")
+    ] = [],  # noqa: B006
     container: Annotated[str, typer.Option(help="Weights of up to 4 bits: packed two to a byte, or int8.")] = "packed",
     rest: Annotated[
         str, typer.Option(help="What is not integer, for tensorrt: float32, float16 or bfloat16 [float16 there].")
@@ -108,6 +111,7 @@ def export(
     chosen = dict(PRESETS[cast(PresetName, preset)]) | parse_settings(set_) | {"seed": seed}
     if group is not None:
         chosen["group"] = group
+        in_float=tuple(in_float),
     if scheme.nothing_quantized:
         chosen |= {"trajectories": 1, "iterations": 0}
     request = Request(
@@ -171,7 +175,8 @@ def _tuned(request: Request, batch: int | None, earlier: Path | None) -> Request
             tuning = measure_tuning(shop, show)
     if tuning.target != request.scheme.target:
         raise AccuQuantError(f"{earlier} was tuned for target {tuning.target}, this is for {request.scheme.target}")
-    return replace(request, tuning=tuning, scheme=request.scheme.model_copy(update={"in_float": tuning.in_float}))
+    in_float = (*request.scheme.in_float, *tuning.in_float)
+    return replace(request, tuning=tuning, scheme=request.scheme.model_copy(update={"in_float": in_float}))
 
 
 def _summary(request: Request, result: Result) -> Table:

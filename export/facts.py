@@ -11,6 +11,7 @@ from ..calibrate.recipe import ActivationRecipe, Recipe
 from ..calibrate.scheme import QuantScheme, Role
 from ..runtime.bundle import IN_TABLE, OperatorFacts
 from .graph import operator_nodes
+from .tuning import Tuning
 
 
 def versions() -> dict[str, str]:
@@ -46,7 +47,11 @@ def operator_facts(recipe: Recipe, graph: ir.Model) -> dict[str, OperatorFacts]:
 
 
 def left_in_float(
-    network: nn.Module, scheme: QuantScheme, role_of: Callable[[str], Role], graph: ir.Model
+    network: nn.Module,
+    scheme: QuantScheme,
+    role_of: Callable[[str], Role],
+    graph: ir.Model,
+    tuning: Tuning | None = None,
 ) -> dict[str, str]:
     """Operators of the graph that could be quantized and are not, and why; a quantized network's, in its order."""
     nodes, found = operator_nodes(graph), dict[str, str]()
@@ -57,8 +62,9 @@ def left_in_float(
         role = role_of(name)
         if scheme.nothing_quantized:
             found[name] = scheme.described
-        elif name in scheme.in_float:
-            found[name] = "measured to be faster so (--tune)"
+        elif patterns := scheme.left_out(name):
+            tuned = tuning is not None and name in tuning.in_float
+            found[name] = "measured to be faster so (--tune)" if tuned else f"asked for (--in-float {patterns[0]})"
         elif role == "attention":
             found[name] = f"{scheme.target} has no faster kernel for attention's products in {scheme.name}"
         else:

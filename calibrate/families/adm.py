@@ -27,7 +27,7 @@ from ...runtime.bundle import ByClass
 from ...runtime.errors import AccuQuantError
 from ..checkpoint import load_weights
 from ..model import DiffusionModel
-from ..scheme import Role
+from ..roles import Roles
 from .adm_unet import AdmConfig, AdmUNet
 
 NAME = "openai/guided-diffusion U-Net"
@@ -134,15 +134,14 @@ def sort_qkv(rows: Tensor, config: AdmConfig) -> Tensor:
     return rows.reshape(heads, 3, channels // heads, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
 
 
-def role_of(name: str) -> Role:
-    """Which part of the network an operator is, for the layer policy."""
-    if name == "input_blocks.0.0":
-        return "first"
-    if name == "out.2":
-        return "last"
-    if name.startswith(("time_embed.", "label_emb.")) or ".emb_layers." in name:
-        return "time"
-    return "attention" if name.endswith((".qk", ".av")) else "body"
+LABEL = r"label_emb\..+"  # of XL, which is told a picture's size; a class is an embedding and no operator
+role_of = Roles(
+    first=r"input_blocks\.0\.0",
+    last=r"out\.2",
+    time=(r"time_embed\..+", LABEL, r".+\.emb_layers\..+"),
+    attention=(r".+\.qk", r".+\.av"),
+    sometimes=frozenset({LABEL}),
+)
 
 
 def block_of(name: str) -> str:

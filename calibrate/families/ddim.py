@@ -17,7 +17,7 @@ from torch import Tensor
 from ...runtime.errors import AccuQuantError
 from ..checkpoint import load_weights
 from ..model import DiffusionModel
-from ..scheme import Role
+from ..roles import Roles
 from .ddim_unet import UNet, UNetConfig
 
 NAME = "ermongroup/ddim U-Net"
@@ -96,15 +96,12 @@ def load(state: Mapping[str, Tensor], path: Path, config: Path | None) -> Diffus
     )
 
 
-def role_of(name: str) -> Role:
-    """Which part of the network an operator is, for the layer policy."""
-    if name == "conv_in":
-        return "first"
-    if name == "conv_out":
-        return "last"
-    if name.startswith("temb.") or name.endswith("temb_proj"):
-        return "time"
-    return "attention" if re.search(r"attn(_1)?(\.\d+)?\.(qk|av)$", name) else "body"
+role_of = Roles(
+    first="conv_in",
+    last="conv_out",
+    time=(r"temb\..+", r".+\.temb_proj"),
+    attention=(r".*attn(_1)?(\.\d+)?\.qk", r".*attn(_1)?(\.\d+)?\.av"),
+)
 
 
 def block_of(name: str) -> str:

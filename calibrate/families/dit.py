@@ -24,7 +24,7 @@ from ...runtime.bundle import ByClass
 from ...runtime.errors import AccuQuantError
 from ..checkpoint import load_weights
 from ..model import DiffusionModel
-from ..scheme import Role
+from ..roles import Roles
 from .dit_net import DiT, DitConfig
 
 NAME = "facebookresearch/DiT"
@@ -101,15 +101,12 @@ def assemble(state: Mapping[str, Tensor], shape: DitConfig, path: Path, name: st
     )
 
 
-def role_of(name: str) -> Role:
-    """Which part of the network an operator is, for the layer policy."""
-    if name == "x_embedder.proj":
-        return "first"
-    if name == "final_layer.linear":
-        return "last"
-    if name.startswith("t_embedder.") or ".adaLN_modulation." in f".{name}":
-        return "time"
-    return "attention" if name.endswith((".qk", ".av")) else "body"
+role_of = Roles(
+    first=r"x_embedder\.proj",
+    last=r"final_layer\.linear",
+    time=(r"t_embedder\..+", r"(.+\.)?adaLN_modulation\..+"),
+    attention=(r".+\.qk", r".+\.av"),
+)
 
 
 def block_of(name: str) -> str:

@@ -39,7 +39,13 @@ USUAL = Sampling(
 DISTILLED = Sampling({"num_train_timesteps": 1000, "shift": 1.0}, "flow-euler")
 PLACES = Places(
     first="x_embedder",
-    time=r"time_text_embed\..+|(.+\.)?norm(|1|1_context|_out)\.linear",
+    time=(
+        r"time_text_embed\..+",
+        r".+\.norm\.linear",
+        r".+\.norm1\.linear",
+        r".+\.norm1_context\.linear",
+        r"norm_out\.linear",
+    ),
     block=r"(single_)?transformer_blocks\.\d+",
 )
 recognise = holding(KIND)

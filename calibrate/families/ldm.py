@@ -19,6 +19,7 @@ the checkpoint (or `--config`) for others:
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +31,6 @@ from ...runtime.bundle import ByClass, ByText, Conditioning
 from ...runtime.errors import AccuQuantError
 from ..checkpoint import load_weights
 from ..model import DiffusionModel, TextEncoder
-from ..scheme import Role
 from . import adm, bert_text, clip_text
 from .adm_unet import AdmConfig, AdmUNet
 from .diffusers_names import renamed, unet_names
@@ -200,9 +200,7 @@ def _told_by_weights(
     )
 
 
-def role_of(name: str) -> Role:
-    """Which part of the network an operator is, for the layer policy."""
-    return adm.role_of(name.removeprefix("unet."))
+role_of = replace(adm.role_of, inside=r"(unet\.)?")  # a coat holds the network where there is a condition
 
 
 def block_of(name: str) -> str:

@@ -43,7 +43,7 @@ USUAL = Sampling(
     },
     "dpm++2m",
 )  # fmt: skip
-PLACES = Places(first=r"pos_embed\.proj", time=r"adaln_single\..+")
+PLACES = Places(first=r"pos_embed\.proj", time=(r"adaln_single\..+",))
 recognise = holding(KIND)
 
 

@@ -26,7 +26,10 @@ NAME = "diffusers' Stable Diffusion 3 folder"
 KIND = "SD3Transformer2DModel"
 GUIDANCE, STEPS = 7.0, 28  # of diffusers' pipeline
 USUAL = Sampling({"num_train_timesteps": 1000, "shift": 3.0}, "flow-euler")
-PLACES = Places(first=r"pos_embed\.proj", time=r"time_text_embed\..+|(.+\.)?norm(1|1_context|_out)\.linear")
+PLACES = Places(
+    first=r"pos_embed\.proj",
+    time=(r"time_text_embed\..+", r".+\.norm1\.linear", r".+\.norm1_context\.linear", r"norm_out\.linear"),
+)
 recognise = holding(KIND)
 
 

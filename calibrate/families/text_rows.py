@@ -12,24 +12,23 @@ from torch import nn
 from ...runtime.bundle import ByRows
 from ..folder import Folder
 from ..model import DiffusionModel
-from ..scheme import Role
+from ..roles import Roles
 from .autoencoder_kl import find_decoder
 from .from_diffusers import Sampling
 
 
 @dataclass(frozen=True)
 class Places:
-    """Patterns of operators' names inside `transformer`: the two ends, what knows no latent, and the blocks."""
+    """Patterns of operators' names inside `transformer`: of its two ends, of what knows no latent, of blocks."""
 
     first: str
-    time: str
+    time: tuple[str, ...]
     last: str = "proj_out"
     block: str = r"transformer_blocks\.\d+"
 
-    def role_of(self, name: str) -> Role:
-        """Which part of the network an operator is, for the layer policy."""
-        roles: dict[Role, str] = {"first": self.first, "last": self.last, "time": self.time}
-        return next((role for role, names in roles.items() if re.fullmatch(rf"transformer\.({names})", name)), "body")
+    @property
+    def role_of(self) -> Roles:
+        return Roles(self.first, self.last, self.time, inside=r"transformer\.")
 
     def block_of(self, name: str) -> str:
         """The transformer block an operator belongs to, or the operator itself."""

@@ -1,4 +1,6 @@
-"""A kernel that writes 8 bits, in the simulation."""
+"""A kernel that writes 8 bits, in the simulation; and which layers are quantized, and which cannot be."""
+
+import re
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from accuquant.calibrate.recipe import Recipe, freeze
 from accuquant.calibrate.scheme import QuantScheme
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import simulate
+from accuquant.runtime.errors import AccuQuantError
 from torch import nn
 
 WEIGHT, UNSIGNED = Grid(4, True, True), Grid(8, False, False)
@@ -80,3 +83,63 @@ def test_only_convolutions_for_onnxruntime_write_8_bits(tiny, tmp_path):
     low, high = (0 - q.zero_point) * q.scale, (255 - q.zero_point) * q.scale
     assert low <= seen[0].min() + q.scale
     assert high >= seen[0].max() - q.scale
+
+
+class Upsampling(nn.Module):
+    """A transposed convolution, one that pads by reflection, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(2, 2, 2)
+        self.mid = nn.ModuleList([nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), nn.Linear(4, 4)])
+
+
+def role(name):
+    return "last" if name == "up" else "first" if name == "mid.0" else "body"
+
+
+def scheme(**asked):
+    return QuantScheme(weight_bits=8, activation_bits=8, **asked)
+
+
+def test_what_the_policy_leaves_in_float_may_be_of_any_kind():
+    assert quantize_operators(Upsampling(), scheme(), role).keys() == {"mid.1"}
+
+
+def test_a_kind_without_a_quantized_form_is_named_with_what_has_one():
+    said = r"layer up is a ConvTranspose2d, .*Conv2d, Linear and products of attention have one.*\(--in-float up\)"
+    with pytest.raises(AccuQuantError, match=said):
+        quantize_operators(Upsampling(), scheme(policy="uniform"), role)
+
+
+def test_padding_of_other_than_zeros_is_named_with_what_is_allowed():
+    asked = scheme(policy="uniform", in_float=("up",))
+    said = r"layer mid\.0 pads with padding_mode 'reflect'; only 'zeros' .*\(--in-float mid\.0\)"
+    with pytest.raises(AccuQuantError, match=said):
+        quantize_operators(Upsampling(), asked, role)
+
+
+@pytest.mark.parametrize("patterns", [("up", "mid.0"), ("up", "*.0"), ("[tu]*", "m*0")])
+def test_patterns_leave_layers_in_float(patterns):
+    made = quantize_operators(Upsampling(), scheme(policy="uniform", in_float=patterns), role)
+    assert made.keys() == {"mid.1"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("mid.2", r"\(near it are mid\.\d, mid\.\d\)"),
+        ("mid.?.conv", r"\(near it are"),
+        ("zzz", r"\(no name is near it\)"),
+    ],
+)
+def test_a_pattern_that_matches_no_layer_is_named_with_what_is_near_it(pattern, near):
+    said = rf"layer {re.escape(pattern)} is to stay in float, and no layer .*{near}.*--in-float 'mid\.\*'"
+    with pytest.raises(AccuQuantError, match=said):
+        quantize_operators(Upsampling(), scheme(in_float=("up", pattern)), role)
+
+
+def test_a_network_of_which_nothing_is_left_says_so():
+    said = "to quantize: of 3 none is left by policy standard .*choose another --policy, or"
+    with pytest.raises(AccuQuantError, match=said):
+        quantize_operators(Upsampling(), scheme(in_float=("mid.*",)), role)

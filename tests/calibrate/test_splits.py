@@ -1,9 +1,14 @@
 """Finding the convolutions that read a concatenation, and quantizing them in two parts."""
 
+import pytest
 import torch
+from accuquant.calibrate.families import load_model
 from accuquant.calibrate.grid import Grid
 from accuquant.calibrate.layers import QuantizedConv2d
+from accuquant.calibrate.model import quantize
+from accuquant.calibrate.scheme import QuantScheme
 from accuquant.calibrate.splits import find_splits
+from accuquant.runtime.errors import AccuQuantError
 from torch import nn
 
 
@@ -65,3 +70,10 @@ def test_each_part_has_its_own_scale():
         return float((op(x) - wanted).detach().square().mean())
 
     assert error(2) < error(None) / 100
+
+
+def test_a_split_where_nothing_is_joined_is_refused(tiny, tmp_path):
+    model = load_model(tiny.save_class_checkpoint(tmp_path, 4))
+    scheme = QuantScheme(weight_bits=8, activation_bits=8, split=True)
+    with pytest.raises(AccuQuantError, match=r"--split: no convolution of the model \(.*leave --split out"):
+        quantize(model, scheme)

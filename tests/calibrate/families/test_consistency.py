@@ -12,6 +12,8 @@ import torch.nn.functional as F
 import yaml
 from accuquant.calibrate.families import load_model
 from accuquant.calibrate.families.adm_unet import AdmConfig, AdmUNet
+from accuquant.calibrate.model import quantize
+from accuquant.calibrate.scheme import QuantScheme
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import simulate
 from accuquant.runtime.errors import AccuQuantError
@@ -90,6 +92,14 @@ def test_every_weight_finds_its_place_and_the_label_is_folded(tmp_path):
         hook.remove()
         torch.testing.assert_close(model.network(x, t), wanted, rtol=1e-5, atol=1e-5)
         assert (network(x, t) - wanted).abs().max() > 1e-2  # the label matters
+
+
+def test_every_pattern_of_roles_has_an_operator(tmp_path):
+    onnx.save(graph()[0], tmp_path / "m.onnx")
+    (tmp_path / "m.yml").write_text(yaml.safe_dump({"label": 0.25}))
+    model = load_model(tmp_path / "m.onnx")
+    operators = quantize(model, QuantScheme(weight_bits=8, activation_bits=8, policy="integer"))
+    assert model.role_of.unmatched(operators) == {}
 
 
 def test_the_plan_is_multistep_consistency_sampling(tmp_path):

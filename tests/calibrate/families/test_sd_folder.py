@@ -7,6 +7,8 @@ import pytest
 import torch
 from accuquant.calibrate.families import clip_text, load_model
 from accuquant.calibrate.lora import Lora, with_loras
+from accuquant.calibrate.model import quantize
+from accuquant.calibrate.scheme import QuantScheme
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.tokenizer import Tokenizer
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
@@ -168,3 +170,10 @@ def test_a_folder_without_its_tokenizer_is_refused(make):
     (path / "tokenizer" / "merges.txt").unlink()
     with pytest.raises(AccuQuantError, match="is no CLIP tokenizer as transformers saves it"):
         load_model(path)
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_every_pattern_of_roles_has_an_operator(version, make):
+    model = load_model(make(version)[0])
+    operators = quantize(model, QuantScheme(weight_bits=8, activation_bits=8, policy="integer"))
+    assert model.role_of.unmatched(operators) == {}
