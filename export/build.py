@@ -137,6 +137,9 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         # bfloat16 has no engine on CPUs: what is tried here stands in for the graph, which comes last.
         tried = emulate_bfloat16(quantized) if request.scheme.rest == "bfloat16" else quantized
         for graph, name in ((tried, "denoiser.onnx"), (twin, "twin.onnx")):
+        check_target(
+            quantized, recipe.facts.operators, request.scheme.target, weights_alone=alone, looked_up=looked_up > 0
+        )
             save_graph(graph, folder / name)
             check_graph(folder / name)
         graphs: dict[NetworkName, str] = {"denoiser": "denoiser.onnx", "twin": "twin.onnx"}
