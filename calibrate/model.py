@@ -146,12 +146,12 @@ def quantize(model: DiffusionModel, scheme: QuantScheme) -> dict[str, QuantizedO
     if scheme.policy != "uniform" and not scheme.nothing_quantized:
         _check_roles(model)
     splits = find_splits(model.network, model.sample_shape, model.condition([0])) if scheme.split else None
-    return quantize_operators(model.network, scheme, model.role_of, splits)
     if splits is not None and not splits:
         raise AccuQuantError(
             f"--split: no convolution of the model ({model.found}) reads a concatenation of two tensors directly, as "
             "shortcuts of U-Nets do; leave --split out"
         )
+    return quantize_operators(model.network, scheme, model.role_of, splits)
 
 
 def _check_roles(model: DiffusionModel) -> None:

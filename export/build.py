@@ -134,12 +134,12 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
             looked_up = sum(time_table(graph, [step.timestep for step in plan.steps]) for graph in (quantized, twin))
         if request.scheme.rest != "float32":
             cast_rest(quantized, request.scheme.rest)
-        # bfloat16 has no engine on CPUs: what is tried here stands in for the graph, which comes last.
-        tried = emulate_bfloat16(quantized) if request.scheme.rest == "bfloat16" else quantized
-        for graph, name in ((tried, "denoiser.onnx"), (twin, "twin.onnx")):
         check_target(
             quantized, recipe.facts.operators, request.scheme.target, weights_alone=alone, looked_up=looked_up > 0
         )
+        # bfloat16 has no engine on CPUs: what is tried here stands in for the graph, which comes last.
+        tried = emulate_bfloat16(quantized) if request.scheme.rest == "bfloat16" else quantized
+        for graph, name in ((tried, "denoiser.onnx"), (twin, "twin.onnx")):
             save_graph(graph, folder / name)
             check_graph(folder / name)
         graphs: dict[NetworkName, str] = {"denoiser": "denoiser.onnx", "twin": "twin.onnx"}

@@ -105,13 +105,13 @@ def export(
         attention=attention,
         container=container,
         split=split,
+        in_float=tuple(in_float),
     )
     if preset not in PRESETS:
         raise AccuQuantError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     chosen = dict(PRESETS[cast(PresetName, preset)]) | parse_settings(set_) | {"seed": seed}
     if group is not None:
         chosen["group"] = group
-        in_float=tuple(in_float),
     if scheme.nothing_quantized:
         chosen |= {"trajectories": 1, "iterations": 0}
     request = Request(
