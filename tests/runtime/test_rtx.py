@@ -23,7 +23,6 @@ from accuquant.export.passes.cast_rest import cast_rest
 from accuquant.runtime.engines.compile_plan import CompileRequest, compile_plan
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.inspection import operator_precisions
-from onnx import TensorProto, helper, numpy_helper
 
 REFERENCE = Path(__file__).parents[2] / "tools" / "reference" / "fashion-ddim.ckpt"
 GPUS = ["default", "sm86", "sm89", "sm120"]
@@ -178,73 +177,3 @@ def test_requantized_weights_are_the_same_weights(tiny, tiny_checkpoint, tmp_pat
         x = np.random.default_rng(0).standard_normal((2, 1, 8, 8)).astype(np.float32)
         outputs.append(session.run(None, {"x": x, "t": np.full(2, 50, np.float32)})[0])
     np.testing.assert_array_equal(*outputs)
-
-
-# -- what the compiler refuses: if one of these fails, a new release has lifted a limit ------------------------------
-
-
-def convolution(path, weights=np.int8, zero=0, scale_shape=(), runtime_scale=False):
-    """One quantized convolution of 8 channels, with what may be wrong with it."""
-    rng = np.random.default_rng(0)
-    codes = numpy_helper.from_array(rng.integers(-8, 8, (8, 8, 3, 3)).astype(np.int8), "w")
-    if weights == "int4":
-        codes = helper.make_tensor("w", TensorProto.INT4, (8, 8, 3, 3), numpy_helper.to_array(codes).flatten())
-    constants = [
-        codes,
-        numpy_helper.from_array(np.full(8, 0.01, np.float32), "ws"),
-        numpy_helper.from_array(np.array(zero, np.int8), "z"),
-    ]
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8, 8, 8])]
-    if runtime_scale:
-        inputs.append(helper.make_tensor_value_info("s", TensorProto.FLOAT, []))
-    else:
-        constants.append(numpy_helper.from_array(np.full(scale_shape, 0.02, np.float32), "s"))
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "quantize"),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "dequantize"),
-        helper.make_node("DequantizeLinear", ["w", "ws"], ["wd"], "weight", axis=0),
-        helper.make_node("Conv", ["d", "wd"], ["y"], "conv", pads=[1, 1, 1, 1]),
-    ]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8, 8, 8])
-    graph = helper.make_graph(nodes, "g", inputs, [output], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), path)
-    return path
-
-
-def test_the_form_all_cases_below_depart_from_is_an_integer_kernel(rtx, tmp_path):
-    path = convolution(tmp_path / "m.onnx")
-    assert compile_plan(CompileRequest(path)).precisions(["conv"]) == {"conv": "Int8"}
-
-
-def test_int4_weights_straight_into_an_int8_convolution_are_refused(rtx, tmp_path):
-    with pytest.raises(AccuQuantError, match=r"refused it for default: .*CHECK\(dtype == W\.type\(\)\)"):
-        compile_plan(CompileRequest(convolution(tmp_path / "m.onnx", weights="int4")))
-
-
-def test_zero_points_are_refused_with_the_nodes_name(rtx, tmp_path):
-    with pytest.raises(AccuQuantError, match=r"node quantize: .*Non-zero zero point"):
-        compile_plan(CompileRequest(convolution(tmp_path / "m.onnx", zero=3)))
-
-
-@pytest.mark.parametrize(("shape", "gpu"), [((1,), "default"), ((), "sm75")])
-def test_what_is_accepted_but_multiplied_in_float(rtx, shape, gpu, tmp_path):
-    """A scale of rank 1, and Turing: no complaint, and no integers. Only the kernels tell."""
-    path = convolution(tmp_path / "m.onnx", scale_shape=shape)
-    got = compile_plan(CompileRequest(path, gpu)).precisions(["conv"])
-    assert got["conv"] in {"Float", "Half"}
-
-
-def test_a_graph_that_kills_the_compiler_kills_only_the_child(rtx, tmp_path):
-    with pytest.raises(AccuQuantError, match=r"crashed \(SIG"):
-        compile_plan(CompileRequest(convolution(tmp_path / "m.onnx", runtime_scale=True)))
-
-
-def test_mistakes_are_one_sentence(rtx, tmp_path):
-    path = convolution(tmp_path / "m.onnx")
-    with pytest.raises(AccuQuantError, match=r"unknown GPU target 'sm90'; known: default"):
-        compile_plan(CompileRequest(path, "sm90"))
-    with pytest.raises(AccuQuantError, match="took longer than 0 s"):
-        compile_plan(CompileRequest(path), seconds=0.01)
-    (tmp_path / "bad.onnx").write_bytes(b"no graph")
-    with pytest.raises(AccuQuantError, match=r"bad\.onnx: TensorRT-RTX refused it"):
-        compile_plan(CompileRequest(tmp_path / "bad.onnx"))
