@@ -92,7 +92,7 @@ def results_page() -> str:
         ("Convolutions of a concatenation", "split.json", split_table),
         ("Other quantizers beside ours", "yardsticks*.json", yardstick_table),
         ("Export at real sizes", "export-sizes.json", export_table),
-        ("Calibration and export at real sizes", "full-sizes.json", full_size_table),
+        ("Calibration and export at real sizes", "full-sizes*.json", full_size_table),
         ("An hour of serving", "soak.json", soak_table),
     ):
         found = sorted(RESULTS.glob(pattern))

@@ -1,7 +1,7 @@
 """Denoisers in their published configurations, with random weights, for measuring what real sizes take.
 
-Stable Diffusion 1.5 and XL, LDM-4 on ImageNet, DiT-XL/2, and PixArt-XL/2 for 512 pixels. All but DiT are diffusers'
-networks in a thin coat, called as (x, t, **condition).
+Stable Diffusion 1.5, XL and 3 (medium), LDM-4 on ImageNet, DiT-XL/2, PixArt-XL/2 for 512 pixels, and Flux (dev). All
+but DiT are diffusers' networks in a thin coat, called as (x, t, **condition).
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuquant.calibrate.families import dit, pixart
+from accuquant.calibrate.families import dit, flux, pixart, sd3
 from accuquant.calibrate.families.dit_net import DiT, DitConfig
 from accuquant.calibrate.scheme import Role
 from torch import Tensor, nn
@@ -40,6 +40,26 @@ def pixart_xl2() -> nn.Module:
     with torch.device("cpu"):  # whatever the weights' device
         pixart.place(network, 32)
     return pixart.Told(network)
+
+
+def sd3_medium() -> nn.Module:
+    """SD3Transformer2DModel for 1024 pixels."""
+    from diffusers import SD3Transformer2DModel
+
+    network = SD3Transformer2DModel(
+        sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192,
+        joint_attention_dim=4096, pooled_projection_dim=2048, in_channels=16, out_channels=16,
+    )  # fmt: skip
+    places = network.pos_embed.pos_embed  # weights of the checkpoint that are no parameters: their values cost nothing
+    network.pos_embed.register_buffer("pos_embed", torch.zeros(places.shape, device="cpu"))
+    return sd3.Told(network)
+
+
+def flux_dev() -> nn.Module:
+    """FluxTransformer2DModel for 1024 pixels."""
+    from diffusers import FluxTransformer2DModel
+
+    return flux.Packed(FluxTransformer2DModel(guidance_embeds=True), 64, 3.5)
 
 
 def role_of(name: str) -> Role:
@@ -109,6 +129,18 @@ SHAPES: Mapping[str, Shape] = {
         (4, 64, 64),
         {"context": torch.zeros(1, 120, 4096), "mask": torch.ones(1, 120)},
         pixart.PLACES.role_of,
+    ),
+    "sd3-medium": Shape(
+        sd3_medium,
+        (16, 128, 128),
+        {"context": torch.zeros(1, 333, 4096), "pooled": torch.zeros(1, 2048)},
+        sd3.PLACES.role_of,
+    ),
+    "flux-dev": Shape(
+        flux_dev,
+        (16, 128, 128),
+        {"context": torch.zeros(1, 512, 4096), "pooled": torch.zeros(1, 768)},
+        flux.PLACES.role_of,
     ),
 }
 

@@ -14,7 +14,8 @@ along the whole chain; above 4 it only adds variance to the gradient.
 
 Two files come out. `ckpt.pth` is the repository's five-item training list [model, optimizer, epoch, step, ema], written
 atomically every few hundred steps, from which `--resume` goes on. `<name>.ckpt` is the flat EMA state dict that people
-pass around, in half precision, with the model's YAML configuration and the facts of the run beside it.
+pass around, in half precision, with the model's YAML configuration and the facts of the run beside it; `--start` begins
+another run with it.
 
     python tools/train_reference.py --data /usr/share/datasets/fashion-mnist --out build/reference
     python tools/train_reference.py --dataset cifar10 --data cifar10/package --device cuda --out build/cifar10
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 import typer
 import yaml
+from accuquant.calibrate.checkpoint import load_weights, read_checkpoint
 from accuquant.calibrate.families.ddim_unet import UNet, UNetConfig
 from accuquant.runtime.console import command, machine_facts
 from accuquant.runtime.errors import AccuQuantError
@@ -169,6 +171,9 @@ def train(
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
     minutes: Annotated[float, typer.Option(help="Stop (resumably) after this long; 0 for no limit.")] = 0.0,
     save_every: Annotated[int, typer.Option(help="Steps between training checkpoints.")] = 500,
+    start: Annotated[
+        Path | None, typer.Option(help="Begin with a released file's weights, under rates from the beginning.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from ckpt.pth in the output folder.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -191,6 +196,10 @@ def train(
     weight = loss_weights(recipe, alpha_bar / (1 - alpha_bar)).float().to(device)
 
     model = UNet(recipe.config).to(device)
+    before: dict[str, Any] = {}
+    if start is not None:
+        load_weights(model, read_checkpoint(start), start)
+        before = json.loads(start.with_suffix(".json").read_text())
     ema = Ema(model, ema_decay or recipe.ema)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device == "cuda")
     steps, step, spent = math.ceil(images / batch), 0, 0.0
@@ -246,6 +255,7 @@ def train(
     save_atomically({k: v.half() for k, v in ema.weights.items()}, out / f"{name}.ckpt")
     (out / f"{name}.yml").write_text(yaml.safe_dump(ddim_yaml(recipe), sort_keys=False))
     chosen = ("" if dataset == "fashion" else f"--dataset {dataset} ") + f"--images {images} --batch {batch}"
+    chosen += f" --start {start.name}" if start is not None else ""
     facts = {
         "images_seen": step * batch,
         "seed": seed,
@@ -255,7 +265,7 @@ def train(
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": recipe.told,
-    }
+    } | ({"begun_from": before} if before else {})
     (out / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(f"wrote {out / name}.ckpt, .yml and .json")
 

@@ -76,6 +76,18 @@ def test_the_error_falls_and_what_is_released_loads(trainer, small, tmp_path, ca
     assert all(torch.equal(kept[k].half().float(), released[k]) for k in kept)
 
 
+def test_a_training_begins_where_a_released_one_ended(trainer, small, tmp_path, capsys):
+    run(trainer, tmp_path / "first", dataset="cifar10-small", images=16 * 60, lr=2e-3)
+    before = errors(capsys.readouterr().out)
+    begun = tmp_path / "first" / "cifar10-small-ddim.ckpt"
+    run(trainer, tmp_path / "second", dataset="cifar10-small", images=16 * 10, lr=2e-4, start=begun)
+    (after,) = errors(capsys.readouterr().out)
+    assert after < 0.8 * before[0]
+    facts = json.loads((tmp_path / "second" / "cifar10-small-ddim.json").read_text())
+    assert facts["begun_from"]["images_seen"] == 960
+    assert "--start cifar10-small-ddim.ckpt" in facts["command"]
+
+
 def test_a_stopped_training_goes_on(trainer, small, tmp_path, capsys):
     run(trainer, tmp_path, dataset="cifar10-small", images=16 * 40, minutes=1e-9)
     stopped = capsys.readouterr().out
