@@ -1,31 +1,27 @@
 """`accuquant-export CKPT --bits 4/8`: a checkpoint in, a bundle out."""
 
 import warnings
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import numpy as np
 import torch
 import typer
 from pydantic import ValidationError
-from rich.table import Table
 
 from ..calibrate.cache import TrajectoryCache
 from ..calibrate.checkpoint import name_of
 from ..calibrate.estimate import free_memory
-from ..calibrate.guard import verdict
 from ..calibrate.lora import parse_lora
 from ..calibrate.scheme import POLICIES, QuantScheme, parse_precision
 from ..calibrate.spec import PRESETS, CalibrationSpec, PresetName, parse_settings
 from ..calibrate.trace import SAMPLERS
-from ..runtime.bundle import IN_TABLE, Manifest
 from ..runtime.console import bar, command, console, machine_facts
 from ..runtime.errors import AccuQuantError
 from ..runtime.files import cache_folder
-from .build import Result, build, load, prepare
+from .build import build, load, prepare
 from .request import Request, check_out
+from .summary import summary
 from .tune import Workshop
 from .tune import tune as measure_tuning
 from .tuning import Tuning
@@ -151,7 +147,7 @@ def export(
     console.print(f"plan     {learning if prepared.operators else 'nothing to learn'}; {told}")
     with bar() as show:
         result = build(request, prepared, show)
-    console.print(_summary(request, result))
+    console.print(summary(request, result))
     facts = machine_facts()
     console.print(f"{facts['cpu']}, {facts['cores']} cores; seeds 0..{pictures - 1}; engine {result.comparison.engine}")
     console.print(f"bundle   {result.bundle.folder}")
@@ -177,70 +173,6 @@ def _tuned(request: Request, batch: int | None, earlier: Path | None) -> Request
         raise AccuQuantError(f"{earlier} was tuned for target {tuning.target}, this is for {request.scheme.target}")
     in_float = (*request.scheme.in_float, *tuning.in_float)
     return replace(request, tuning=tuning, scheme=request.scheme.model_copy(update={"in_float": in_float}))
-
-
-def _summary(request: Request, result: Result) -> Table:
-    manifest, comparison = result.bundle.manifest, result.comparison
-    table = Table(title=f"{request.checkpoint.resolve().name} at {manifest.scheme}", show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    sizes = {side: result.bundle.weight_bytes(side) for side in ("twin", "denoiser")}
-    table.add_row(
-        "graph on disk",
-        f"{sizes['denoiser'] / 2**20:.2f} MiB, {sizes['twin'] / sizes['denoiser']:.1f}x smaller than fp32 "
-        f"({sizes['twin'] / 2**20:.2f} MiB)",
-    )
-    stored = Counter((f.weight_bits, f.weight_container) for f in manifest.operators.values())
-    for (bits, container), count in sorted(stored.items(), key=str):
-        weights = f"operators with {bits}-bit weights"
-        what = (
-            "products of activations"
-            if bits is None
-            else f"{weights}, looked up by timestep"
-            if container == IN_TABLE
-            else f"{weights}, stored as {container}"
-        )
-        table.add_row("", f"{count} {what}")
-    if manifest.operators:
-        table.add_row("quantized weights", _weights(manifest))
-    if request.tuning is not None:
-        table.add_row("left in float for speed", request.tuning.told)
-    ran = Counter(comparison.runs_as.values())
-    shown = ", ".join(f"{n} as {p}" for p, n in ran.most_common()) or "the engine reports none"
-    table.add_row("kernels on this machine", shown)
-    for why, count in Counter(comparison.kept_in_float.values()).items():
-        table.add_row("kept in float", f"{count}: {why}")
-    n, p = len(comparison.psnr), np.percentile(comparison.psnr, [10, 90])
-    table.add_row(
-        "PSNR to the fp twin", f"{comparison.psnr.mean():.2f} dB mean, {p[0]:.1f}..{p[1]:.1f} p10..p90, n = {n}"
-    )
-    table.add_row("SSIM to the fp twin", f"{comparison.ssim.mean():.4f} mean, n = {n}")
-    held = result.outcome
-    if manifest.operators:
-        table.add_row("begun from", str(held.beginning))
-        table.add_row(
-            "end-of-chain error",
-            f"{held.initial:.2e} at the start, {held.best:.2e} kept "
-            f"(iteration {held.kept}; n = {request.spec.held_out} held out)",
-        )
-    if held.groups:
-        table.add_row(f"groups of {request.spec.group} steps", verdict(held.groups))
-    times = comparison.seconds
-    table.add_row(
-        f"sampling {n} pictures",
-        f"fp32 {times['twin']:.1f} s, int {times['denoiser']:.1f} s, measured one after the other; "
-        "accuquant-bench measures properly",
-    )
-    return table
-
-
-def _weights(manifest: Manifest) -> str:
-    """What they take on disk, and in a running engine: CPUs multiply bytes, whatever weights are stored in."""
-    operators = manifest.operators.values()
-    stored = sum(f.stored_bytes for f in operators)
-    widened = sum(0 if f.in_table else f.parameters for f in operators)
-    held = stored if manifest.target == "tensorrt" else widened
-    return f"{stored / 2**20:.2f} MiB stored, {held / 2**20:.2f} MiB in memory"
 
 
 def _validated(model: Any, **values: Any) -> Any:

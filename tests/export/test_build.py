@@ -1,12 +1,15 @@
 """Checkpoint to bundle: complete or absent, resumable, and the same bytes either way."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from accuquant.calibrate.lora import Lora
 from accuquant.calibrate.recipe import Recipe
 from accuquant.calibrate.scheme import QuantScheme
@@ -114,7 +117,8 @@ def test_failure_during_export_leaves_nothing_that_looks_finished(request_for, m
 
     monkeypatch.setattr(build_module, "write_report", full)
     request = request_for()
-    with pytest.raises(AccuQuantError, match="No space left on device"):
+    said = rf"cannot write {re.escape(str(request.out))}: No space left on device; choose another --out"
+    with pytest.raises(AccuQuantError, match=said):
         build(request, prepare(request), quiet)
     assert not request.out.exists()
     assert not list(request.out.parent.glob("*.part"))
@@ -147,39 +151,92 @@ def scale_of(value):
     return spoil
 
 
-def unsupported(monkeypatch):
-    """An operator that the target cannot take, as a rule of its checker would say."""
-    real = build_module.lower
+def dead_channel(monkeypatch):
+    """A weight's channel without a scale, as one of zeros would have it."""
+    real = build_module.calibrate
 
-    def lower(*arguments):
-        quantized, twin = real(*arguments)
-        for node in quantized.graph:
-            if node.name == "mid.block_1.conv1":
-                scale = node.inputs[0].producer().inputs[1]
-                scale.const_value = ir.tensor(np.full(2, 0.1, np.float32), name=scale.name)
-        return quantized, twin
+    def calibrate(network, operators, *arguments, **named):
+        found = real(network, operators, *arguments, **named)
+        operators["mid.block_1.conv1"].weight_quantizer.start[3] = 0
+        return found
 
-    monkeypatch.setattr(build_module, "lower", lower)
+    monkeypatch.setattr(build_module, "calibrate", calibrate)
+
+
+def lowered(spoil):
+    """What `spoil` does to one convolution's node in the lowered graph, which its target then cannot take."""
+
+    def patch(monkeypatch):
+        real = build_module.lower
+
+        def lower(*arguments):
+            quantized, twin = real(*arguments)
+            spoil(next(node for node in quantized.graph if node.name == "mid.block_1.conv1"))
+            return quantized, twin
+
+        monkeypatch.setattr(build_module, "lower", lower)
+
+    return patch
+
+
+def two_scales(node):
+    scale = node.inputs[0].producer().inputs[1]
+    scale.const_value = ir.tensor(np.full(2, 0.1, np.float32), name=scale.name)
+
+
+def odd_int4(node):
+    codes = node.inputs[1].producer().inputs[0].producer().inputs[0].producer().inputs[0]
+    codes.const_value = ir.tensor(np.zeros((3, 3, 1, 1), ml_dtypes.int4), name=codes.name)
+
+
+CONV, TRY_AGAIN = r"mid\.block_1\.conv1", r".*calibrate again.*\(--in-float mid\.block_1\.conv1\)"
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "target", "said"),
     [
-        (misfit, "mid.block_1.conv1"),
-        (scale_of(float("nan")), "mid.block_1.conv1"),
-        (scale_of(float("inf")), "mid.block_1.conv1"),
-        (unsupported, "mid.block_1.conv1"),
+        (misfit, "cpu", rf"layer {CONV}: .*has no codes; .*calibrate again"),
+        (scale_of(float("nan")), "cpu", rf"layer {CONV}: activation scale \[?nan.*above zero{TRY_AGAIN}"),
+        (scale_of(float("inf")), "cpu", rf"layer {CONV}: activation scale \[?inf.*above zero{TRY_AGAIN}"),
+        (dead_channel, "cpu", rf"layer {CONV}: weight scale 3 of 64 is 0;.*above zero{TRY_AGAIN}"),
+        (lowered(two_scales), "cpu", rf"{CONV}, input 0: its scale is float32 of shape \(2,\).*one float32 scalar"),
+        (lowered(odd_int4), "tensorrt", rf"{CONV}, input 1: is an int4 tensor of 9 elements; store odd sizes as int8"),
     ],
-    ids=["misfit", "nan", "inf", "unsupported"],
+    ids=["misfit", "nan", "inf", "dead channel", "unsupported", "odd int4"],
 )
-def test_what_is_wrong_is_named_and_no_bundle_is_left(request_for, monkeypatch, spoil, said):
+def test_what_is_wrong_is_named_with_the_repair_and_no_bundle_is_left(request_for, monkeypatch, spoil, target, said):
     spoil(monkeypatch)
-    request = request_for(spec=CalibrationSpec(**PRESETS["smoke"] | {"iterations": 0, "trajectories": 2}))
+    request = request_for(
+        spec=CalibrationSpec(**PRESETS["smoke"] | {"iterations": 0, "trajectories": 2}),
+        scheme=QuantScheme(weight_bits=4, activation_bits=8, target=target),
+    )
     prepared = prepare(request)
     with pytest.raises(AccuQuantError, match=said):
         build(request, prepared, quiet)
     assert not request.out.exists()
     assert not list(request.out.parent.glob("*.part"))
+
+
+def test_an_operator_that_no_target_quantizes_is_named_and_can_be_left_in_float(request_for, monkeypatch):
+    """Before anything is calibrated; with the option that the message names, the export goes through."""
+    real = build_module.load_model
+
+    def load_model(*arguments):
+        model = real(*arguments)
+        model.network.mid.block_1.conv1 = torch.nn.ConvTranspose2d(64, 64, 3, padding=1)
+        return replace(model, network=model.network.requires_grad_(False))
+
+    monkeypatch.setattr(build_module, "load_model", load_model)
+    request = request_for(spec=CalibrationSpec(**PRESETS["smoke"] | {"iterations": 0, "trajectories": 2}))
+    with pytest.raises(AccuQuantError, match=rf"layer {CONV} is a ConvTranspose2d, .*\(--in-float {CONV}\)"):
+        prepare(request)
+    assert not request.out.exists()
+    patterns = ("mid.block_1.conv1", "mid.block_2.*")
+    request = replace(request, scheme=request.scheme.model_copy(update={"in_float": patterns}))
+    manifest = build(request, prepare(request), quiet).bundle.manifest
+    assert not [name for name in manifest.operators if name.startswith(("mid.block_1.conv1", "mid.block_2."))]
+    assert manifest.in_float["mid.block_2.conv1"] == "asked for (--in-float mid.block_2.*)"
+    assert "in float too mid.block_1.conv1 mid.block_2.*" in request.scheme.described
 
 
 def test_a_folder_with_other_things_is_not_overwritten(request_for, tmp_path):
