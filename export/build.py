@@ -55,6 +55,8 @@ Show = Callable[[str, int, int, str], None]  # stage, done, total, note
 TEACHER_SEEDS, JUDGE_SEEDS = 1 << 40, 1 << 41
 # What trajectories are computed from, by its name in the specification.
 DATA = ("checkpoint", "beside", "loras", "conditions", "plan")
+# Seeds at once, which decides the last bits: as few as a CPU computes well with, so that many workers have some.
+TEACHER_BATCH = {"cpu": 8, "cuda": 32}
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Result:
 def prepare(request: Request) -> Prepared:
     """Load the checkpoint, trace the sampler, quantize the operators and estimate the cost."""
     check_out(request.out)
+    _simulator(request)
     model, plan, guidance = load(request)
     network = model.guided(guidance)
     model.network.to(request.device)
@@ -198,16 +201,18 @@ def _trajectories(
             "seeds": [first, count],
             "torch": torch.__version__,
             "device": request.device,
+            "batch": TEACHER_BATCH[request.device],
         }
 
         def compute(name: str = name, first: int = first, count: int = count) -> Trajectory:
             seeds = range(first, first + count)
-            return simulate(
+            return _simulator(request)(
                 prepared.network,
                 prepared.plan,
                 seeds,
                 prepared.model.sample_shape,
                 prepared.model.condition(seeds),
+                batch=TEACHER_BATCH[request.device],
                 progress=lambda done, total: show(f"{name} trajectories", done, total, ""),
             )
 
@@ -215,6 +220,15 @@ def _trajectories(
         runs.save(path)
         found.append(runs)
     return found[0], found[1]
+
+
+def _simulator(request: Request) -> Callable[..., Trajectory]:
+    """`simulate`, in this process or on workers; raises AccuQuantError if Ray is asked for and not installed."""
+    if not request.ray:
+        return simulate
+    from ..calibrate.teacher_on_ray import simulate_on_ray
+
+    return partial(simulate_on_ray, workers=request.ray)
 
 
 def _calibrate(

@@ -82,6 +82,12 @@ def export(
     cache_gib: Annotated[
         float, typer.Option(min=0, help="Disk for teacher trajectories that later runs can use again; 0 keeps none.")
     ] = 2.0,
+    ray: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Teacher trajectories on so many workers of Ray, here or on the cluster RAY_ADDRESS names."
+        ),
+    ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -126,6 +132,7 @@ def export(
         time_table=time_table,
         guidance=guidance,
         cache=TrajectoryCache(cache_folder(), int(cache_gib * 2**30)),
+        ray=ray,
     )
     if tune or tuned is not None:
         request = _tuned(request, tune_batch if tune else None, tuned)

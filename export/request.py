@@ -36,6 +36,7 @@ class Request:
     time_table: bool = True
     guidance: float | None = None
     cache: TrajectoryCache | None = None
+    ray: int = 0  # workers for teacher trajectories; 0 makes them in this process
     tuning: Tuning | None = None  # why the scheme keeps some operators in float
 
     @property

@@ -1,6 +1,5 @@
 """`accuquant-sample BUNDLE`: run the full sampling loop on this machine's integer kernels and save the pictures."""
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -10,7 +9,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from .bundle import Bundle, ByRows, NetworkName
+from .bundle import Bundle, NetworkName
+from .conditions import read_conditions
 from .console import bar, command, console, machine_facts
 from .engines.base import Rest
 from .errors import AccuQuantError
@@ -18,7 +18,6 @@ from .files import atomic
 from .pictures import grid
 from .pipeline import Pipeline
 from .plan import SamplingPlan
-from .rows import read_rows
 
 
 def sample(
@@ -71,9 +70,7 @@ def sample(
         wishes["prompts"] = [prompt[i % len(prompt)] for i in range(n)]
     if negative:
         wishes["unwanted"] = [negative] * n
-    rows = _rows(opened, conditions, n)
-    if rows is not None and ray:
-        raise AccuQuantError("--conditions and --ray do not go together yet; sample rows of a file on this machine")
+    given = read_conditions(opened, conditions) if conditions else None
     manifest = opened.manifest
     precision = rest if fp else manifest.scheme + ("" if rest == "float32" else f" with {rest}")
     sampler, calls = (other.sampler, len(other)) if other else (manifest.sampler, len(opened.plan))
@@ -82,11 +79,13 @@ def sample(
     with ExitStack() as held:
         if ray:
             console.print(f"{said}, on {ray} workers of Ray")
-            painted = _on_ray(opened, opening, wishes, latents, ray)
+            if given is not None:
+                wishes["rows"] = [i % len(given) for i in range(n)]
+            painted = _on_ray(opened, opening | {"conditions": conditions}, wishes, latents, ray)
         else:
             pipeline = held.enter_context(Pipeline(opened, **opening))
             console.print(f"{said}, on {pipeline.engine.name}")
-            painted = _here(pipeline, wishes, latents, rows)
+            painted = _here(pipeline, wishes, latents, None if given is None else given.of(range(n)))
         begun = time.perf_counter()
         _save(painted, out, seed)
         seconds = time.perf_counter() - begun
@@ -117,7 +116,6 @@ def _on_ray(
     """The same from workers, batch by batch."""
     from .serve.on_ray import Opening, sample
 
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors come as one sentence of ours
     asked = Opening(bundle.folder, **opening | {"threads": opening["threads"] or 1})
     done, n = 0, len(wishes["seeds"])
     with bar() as show:
@@ -152,16 +150,6 @@ def _classes(text: str, n: int) -> list[int]:
     except ValueError:
         raise AccuQuantError(f"--class {text!r}: write whole numbers separated by commas, such as 207,360") from None
     return [named[i % len(named)] for i in range(n)]
-
-
-def _rows(bundle: Bundle, path: Path | None, n: int) -> dict[str, np.ndarray] | None:
-    """The rows of a file for n pictures, in turn; None if no file was named."""
-    if path is None:
-        return None
-    known = bundle.manifest.conditioning
-    if not isinstance(known, ByRows):
-        raise AccuQuantError(f"--conditions {path}: the network takes no rows of a file; leave it out")
-    return read_rows(path, known).of(range(n))
 
 
 main = command(sample)

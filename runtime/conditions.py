@@ -6,6 +6,7 @@ sampled, measured and compared without further ado.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from .bundle import Bundle, ByClass, ByRows, ByText, Conditioning
 from .engines import open_engine
 from .engines.base import EngineOptions
 from .errors import AccuQuantError
-from .rows import read_rows
+from .rows import Rows, read_rows
 from .tokenizer import Tokenizer
 
 REMEMBERED = 256  # texts; a served model sees the same negative prompt again and again
@@ -149,6 +150,18 @@ class GivenRows(Conditions):
         if unwanted:
             raise AccuQuantError("a network of given rows takes no negative prompt; leave it out")
         return self._stored.empty
+
+
+def read_conditions(bundle: Bundle, path: Path) -> Rows:
+    """The rows of a file that a bundle's network is to be sampled under.
+
+    Raises:
+        AccuQuantError: a network that takes none, and as `read_rows`.
+    """
+    known = bundle.manifest.conditioning
+    if not isinstance(known, ByRows):
+        raise AccuQuantError(f"--conditions {path}: the network takes no rows of a file; leave it out")
+    return read_rows(path, known)
 
 
 def open_conditions(bundle: Bundle, engine: str = "auto", threads: int = 0) -> "Conditions | None":

@@ -191,6 +191,16 @@ def text_bundle(text_model, once):
 
 
 @pytest.fixture(scope="session")
+def folder_bundle(folders, stable_xl, formula, once):
+    """`folder_bundle(name)`: a folder of diffusers' as a W8A8 bundle of two steps."""
+
+    def export(name, folder):
+        return stable_xl.export(folder, formula) if name == "sdxl" else folders.export(name, folder, formula)
+
+    return lambda name: once(f"folder-{name}", lambda folder: export(name, folder))
+
+
+@pytest.fixture(scope="session")
 def rtx() -> None:
     """Skips where the compiler is missing; where everything is expected to be installed, its absence is a failure."""
     if not installed():

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from accuquant.calibrate.scheme import QuantScheme
 from accuquant.calibrate.spec import CalibrationSpec
+from accuquant.export.build import build, prepare
 from accuquant.export.request import Request
+from accuquant.runtime.bundle import Bundle
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from safetensors.torch import save_file
 
@@ -104,3 +106,10 @@ def request(name: str, folder: Path, formula: ModuleType, scheme: QuantScheme, *
         checkpoint=folder / name, config=folder / "chosen.yml", out=folder / "bundle", scheme=scheme,
         conditions=folder / "rows.safetensors" if told else None, spec=ONCE, steps=2, pictures=2, **asked,
     )  # fmt: skip
+
+
+def export(name: str, folder: Path, formula: ModuleType) -> Bundle:
+    """The folder as a W8A8 bundle, guided by 2 where it is guided by a second call."""
+    scheme = QuantScheme(weight_bits=8, activation_bits=8)
+    asked = request(name, folder, formula, scheme, guidance=None if name == "flux" else 2.0)
+    return build(asked, prepare(asked), lambda *_: None).bundle

@@ -264,6 +264,8 @@ def evaluate(
     wish = Wish(n, seed, steps, sampler, plan, guidance, texts, engine, batch, threads, device, ray)
     if against is not None and drawn:
         raise AccuQuantError("--against pairs pictures of folders; a bundle is paired with its own twin")
+    if ray and not drawn:
+        raise AccuQuantError(f"--ray draws pictures of a bundle or a checkpoint; those of {what} are there already")
     with bar() as show:
         if is_bundle:
             subject = of_bundle(what, wish, twin, show)

@@ -3,6 +3,7 @@
 A replica is the whole server with its own engines, queue and limits. So strangers share a batch as they do without Ray,
 an overloaded replica answers 429 itself, and a picture is the same bytes whoever paints it. Ray spreads requests over
 the replicas, keeps their number between two bounds by how many requests each has at work, and replaces those that died.
+Connections are accepted by Ray's own proxy, which waits for the head of a request without end: cut those off before it.
 
 Every machine must see the bundles under the same path.
 """

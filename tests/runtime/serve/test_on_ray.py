@@ -63,13 +63,37 @@ def test_what_cannot_be_sampled_is_said_in_one_sentence(class_bundle):
         spread(class_bundle, 1, seeds=[0, 1], classes=[0, 99])
 
 
+def written(monkeypatch, out, bundle, *arguments):
+    """What the command wrote of six pictures: files of a folder by name, or one file."""
+    command = ["accuquant-sample", str(bundle.folder), "-n", "6", "--batch", "4", "--out", str(out), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as done:
+        cli_sample.main()
+    assert done.value.code == 0
+    if out.is_file():
+        return out.read_bytes()
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert len(files) == 6
+    return files
+
+
 def test_the_command_writes_the_same_files_on_workers(tiny_bundle, tmp_path, monkeypatch):
-    for name, extra in (("here", ["--threads", "1"]), ("ray", ["--ray", "2"])):
-        arguments = [str(tiny_bundle.folder), "-n", "6", "--batch", "4", "--out", str(tmp_path / name)]
-        monkeypatch.setattr(sys, "argv", ["accuquant-sample", *arguments, *extra])
-        with pytest.raises(SystemExit) as done:
-            cli_sample.main()
-        assert done.value.code == 0
-    files = {name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("here", "ray")}
-    assert len(files["here"]) == 6
-    assert files["here"] == files["ray"]
+    here = written(monkeypatch, tmp_path / "here", tiny_bundle, "--threads", "1")
+    assert written(monkeypatch, tmp_path / "ray", tiny_bundle, "--ray", "2") == here
+
+
+def test_rows_of_a_file_are_taken_in_turn_on_workers_too(folder_bundle, tmp_path, monkeypatch):
+    bundle = folder_bundle("pixart")
+    asked = "--conditions", str(bundle.folder.parent / "rows.safetensors")
+    here = written(monkeypatch, tmp_path / "here.npy", bundle, *asked, "--threads", "1")
+    assert written(monkeypatch, tmp_path / "ray.npy", bundle, *asked, "--ray", "2") == here
+
+
+def test_a_file_that_does_not_fit_is_refused_before_any_worker_starts(tiny_bundle, tmp_path, monkeypatch, capsys):
+    command = ["accuquant-sample", str(tiny_bundle.folder), "--conditions", str(tmp_path / "rows"), "--ray", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(on_ray, "map_chunks", None)
+    with pytest.raises(SystemExit) as done:
+        cli_sample.main()
+    assert done.value.code == 1
+    assert "the network takes no rows of a file" in " ".join(capsys.readouterr().err.split())
