@@ -133,6 +133,7 @@ def mistakes(folder):
         (["accuquant-export", "tiny.ckpt", "--bits", "16/8"], "16-bit weights"),
         (["accuquant-export", "tiny.ckpt", "--target", "tpu"], "target tpu"),
         (["accuquant-export", "tiny.ckpt", "--set", "groups=3"], "a name among"),
+        (["accuquant-export", "tiny.ckpt", "--in-float", "mid.block_3.conv1"], "(near it are mid.block_2.conv1"),
         (["accuquant-export", "tiny.ckpt", "--set", "gradient=guess"], "gradient guess"),
         (["accuquant-export", "tiny.ckpt", "--preset", "fast"], "known: smoke, default, best"),
         (["accuquant-export", "tiny.ckpt", "--sampler", "dimm"], "unknown sampler 'dimm'"),
