@@ -1,7 +1,7 @@
 """What every family turns a checkpoint into."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class DiffusionModel:
     tells what the network takes besides, and the guidance it is used with; with ByText there is `text`, with ByRows
     `rows` are to be supplied. `decoder` maps latents (B, *sample_shape) to pictures (B, 1 or 3, H, W) in [-1, 1];
     without it latents are the pictures. `adaptable()` gives the layers that a LoRA may change, under every name that
-    files have for them, behind `unet.` or `text_encoder.`.
+    files have for them, behind `unet.` or `text_encoder.`. `constants` is what the network is told besides, the
+    same for every picture, by diffusers' names for it.
     """
 
     family: str
@@ -73,6 +74,7 @@ class DiffusionModel:
     rows: Rows | None = None
     decoder: nn.Module | None = None
     adaptable: Callable[[], Mapping[str, nn.Module]] = dict
+    constants: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def condition(self, seeds: Sequence[int]) -> Condition:
         """What each seed is sampled under where nobody chose, as rows by name."""

@@ -307,6 +307,7 @@ def _write_manifest(
             found=prepared.model.found,
             sample_shape=prepared.model.sample_shape,
             conditioning=known and known.model_copy(update={"guidance": prepared.guidance}),
+            constants=dict(prepared.model.constants),
             scheme=request.scheme.name,
             target=request.scheme.target,
             policy=request.scheme.policy,

@@ -145,7 +145,11 @@ Conditioning = Annotated[ByClass | ByText | ByRows, Field(discriminator="kind")]
 
 
 class Manifest(BaseModel):
-    """The contract between export and runtime. `files` are all that belong to no network: names and digests."""
+    """The contract between export and runtime. `files` are all that belong to no network: names and digests.
+
+    `constants` is what the graphs hold of what the network is told besides, the same for every picture, by the names
+    that diffusers' networks have for it: a picture's sizes, or a distilled guidance.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -154,6 +158,7 @@ class Manifest(BaseModel):
     found: Words
     sample_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     conditioning: Conditioning | None = None
+    constants: dict[str, tuple[float, ...]] = {}
     scheme: Words
     target: Words
     policy: Words

@@ -5,6 +5,10 @@ import re
 
 import torch
 from accuquant.calibrate.families import clip_tokenizer, sdxl
+from accuquant.calibrate.scheme import QuantScheme
+from accuquant.calibrate.spec import PRESETS, CalibrationSpec
+from accuquant.export.build import build, prepare
+from accuquant.export.request import Request
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -135,3 +139,14 @@ def save_single(folder, state, **choices):
     path.with_suffix(".tokenizer.json").write_text(text)
     path.with_suffix(".yaml").write_text(json.dumps({"size": 8, **choices}))  # JSON is YAML
     return path
+
+
+def export(folder, formula):
+    """The folder as a W8A8 bundle."""
+    save_folder(folder / "sdxl", formula)
+    request = Request(
+        checkpoint=folder / "sdxl", out=folder / "bundle", scheme=QuantScheme(weight_bits=8, activation_bits=8),
+        spec=CalibrationSpec(**PRESETS["smoke"] | {"iterations": 0, "trajectories": 2, "held_out": 1}), steps=2,
+        pictures=2,
+    )  # fmt: skip
+    return build(request, prepare(request), lambda *_: None).bundle

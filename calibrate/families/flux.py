@@ -134,4 +134,5 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
         family="flux", name=NAME, sample_shape=(channels, choice.size, choice.size),
         steps=STEPS if told else DISTILLED_STEPS,
         told=f", guidance {choice.guidance:g} distilled" if told else "",
+        constants={"guidance": (choice.guidance,)} if told else {},
     )  # fmt: skip

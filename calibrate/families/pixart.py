@@ -7,6 +7,7 @@ A learned variance is left out, as no sampler here reads it. Linear layers and t
 the attention's products stay in float.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -106,13 +107,16 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
         weights[name] = without_variance(weights[name], channels, out, patch)
     place(network, size // patch)
     fill(network, part, weights)
+    constants: dict[str, tuple[float, ...]] = {}
     if network.use_additional_conditions:
-        _tell_size(network, pixels(folder, size))
+        side = float(pixels(folder, size))
+        constants = {"resolution": (side, side), "aspect_ratio": (1.0,)}
+        _tell_size(network, constants)
     width = part.config.get("caption_channels") or told
     conditioning = ByRows(shapes={"context": (None, width), "mask": (None,)}, guidance=GUIDANCE)
     return assemble(
         folder, Told(network), sampling(folder, USUAL), PLACES, conditioning,
-        family="pixart", name=NAME, sample_shape=(channels, size, size), steps=STEPS,
+        family="pixart", name=NAME, sample_shape=(channels, size, size), steps=STEPS, constants=constants,
     )  # fmt: skip
 
 
@@ -124,14 +128,14 @@ def place(network: Any, side: int) -> None:
 
 
 @torch.no_grad()
-def _tell_size(network: Any, side: int) -> None:
+def _tell_size(network: Any, constants: Mapping[str, tuple[float, ...]]) -> None:
     """Put what the network is told of resolution and aspect into the bias that it is added to."""
     embedding = network.adaln_single.emb
     told = [
-        embedder(embedding.additional_condition_proj(torch.tensor(values))).flatten()
-        for embedder, values in (
-            (embedding.resolution_embedder, [float(side), float(side)]),
-            (embedding.aspect_ratio_embedder, [1.0]),
+        embedder(embedding.additional_condition_proj(torch.tensor(constants[name]))).flatten()
+        for name, embedder in (
+            ("resolution", embedding.resolution_embedder),
+            ("aspect_ratio", embedding.aspect_ratio_embedder),
         )
     ]
     embedding.timestep_embedder.linear_2.bias += torch.cat(told)

@@ -195,6 +195,7 @@ def assemble(
         text=text,
         decoder=decoder,
         adaptable=partial(adaptable, network, texts),
+        constants={"time_ids": tuple(map(float, chosen.sizes(pixels)))},
     )
 
 

@@ -5,6 +5,7 @@ stand; everything else of the model comes from the folder.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,6 +16,8 @@ from ..model import DiffusionModel
 from ..roles import Roles
 from .autoencoder_kl import find_decoder
 from .from_diffusers import Sampling
+
+NONE: Mapping[str, tuple[float, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ def assemble(
     sample_shape: tuple[int, int, int],
     steps: int,
     told: str = "",
+    constants: Mapping[str, tuple[float, ...]] = NONE,
 ) -> DiffusionModel:
     """The model of a filled network in its coat, with the folder's decoder; `told` is what else the network is told.
 
@@ -69,4 +73,5 @@ def assemble(
         default_steps=steps,
         conditioning=conditioning,
         decoder=decoder,
+        constants=constants,
     )

@@ -11,9 +11,29 @@ from accuquant.runtime.denoiser import Denoiser
 from accuquant.runtime.engines import open_engine
 from accuquant.runtime.engines.base import EngineOptions
 from accuquant.runtime.errors import AccuQuantError
-from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+)
+from safetensors.torch import load_file
 
 TOLERANCE = 1e-3  # of pictures in [0, 1]: the same float32 in another order, along whole chains; a quarter of a level
+SIDES = ["twin", "denoiser"]
+# Of chains of two steps, where some prompts move a picture by less than TOLERANCE.
+CLOSE = 1e-4
+# What the integer network's error leaves of the variance of a picture, in dB, of bundles that hardly learned anything.
+LEAST_SQNR = 26.0  # 8-bit weights and activations: 30 to 35 measured
+LEAST_SQNR_OF_TEXT = 45.0  # 52 to 58 measured
+LEAST_SQNR_OF_XL = 20.0  # 24 measured: guided by 5
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +62,18 @@ class Torch(torch.nn.Module):
         condition = {} if y is None else {"y": y}
         out = self.model.network(sample, torch.as_tensor(timestep).float().expand(len(sample)), **condition)
         return accuquant.export.diffusers_model.UNet2DOutput(sample=out)
+
+
+def check_alike(side, painted, expected, tolerance, least):
+    """The twin paints what torch paints, the quantized network something close that is not the same."""
+    assert painted.shape == expected.shape
+    assert expected.std() > 0.1
+    if side == "twin":
+        np.testing.assert_allclose(painted, expected, rtol=0, atol=tolerance)
+    else:
+        error = np.square(painted.astype(np.float64) - expected).mean()
+        assert error > 0
+        assert 10 * np.log10(expected.var() / error) > least
 
 
 def test_a_pipeline_given_the_engine_paints_as_with_torch(tiny, tiny_bundle):
@@ -99,8 +131,9 @@ def test_a_guided_pipeline_of_classes_takes_it_as_transformer(many_classes):
 @pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="text pipelines of diffusers need transformers"
 )
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("image", [False, True], ids=["text-to-image", "image-to-image"])
-def test_stable_diffusion_pipelines_run_unchanged(tiny, text_model, text_bundle, image):
+def test_stable_diffusion_pipelines_run_unchanged(tiny, text_model, text_bundle, image, side):
     """Their prompt embeddings are ours; the first half of an img2img run's steps is left out by its strength."""
     from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
@@ -112,7 +145,7 @@ def test_stable_diffusion_pipelines_run_unchanged(tiny, text_model, text_bundle,
         def forward(self, sample, timestep, encoder_hidden_states, return_dict, **_):
             return (self.model.network(sample, timestep.float().expand(len(sample)), encoder_hidden_states),)
 
-    unet = accuquant.load_unet(text_bundle, network="twin")
+    unet = accuquant.load_unet(text_bundle, network=side)
     factory = StableDiffusionImg2ImgPipeline if image else StableDiffusionPipeline
     pipe = factory(vae, None, None, Unet(toy, unet.config), ddim(tiny), None, None, requires_safety_checker=False)
     pipe.scheduler = ddim(tiny)  # they set steps_offset to 1, as the published models have it
@@ -127,8 +160,117 @@ def test_stable_diffusion_pipelines_run_unchanged(tiny, text_model, text_bundle,
 
     expected = paint()
     pipe.unet = unet
-    np.testing.assert_allclose(paint(), expected, rtol=0, atol=TOLERANCE)
-    assert expected.std() > 0.01
+    check_alike(side, paint(), expected, TOLERANCE, LEAST_SQNR_OF_TEXT)
+
+
+TEXTS = 2  # of the examples that the bundles were calibrated with
+
+
+@pytest.fixture(scope="module")
+def examples(folder_bundle):
+    """`examples(name)`: rows of two texts and of none, by the graph's names for them."""
+
+    def read(name):
+        rows = load_file(folder_bundle(name).folder.parent / "rows.safetensors")
+        wanted = {key: value[:TEXTS] for key, value in rows.items() if not key.startswith("empty.")}
+        return wanted, {key: rows[f"empty.{key}"].expand_as(value).clone() for key, value in wanted.items()}
+
+    return read
+
+
+def first_stage():
+    torch.manual_seed(0)
+    return AutoencoderKL(3, 3, block_out_channels=(32,), latent_channels=4, norm_num_groups=8, shift_factor=0.1).eval()
+
+
+def pixart(bundle, wanted, free):
+    """Its small network is told sizes that pipelines pass for pictures of 1024 pixels alone."""
+    from diffusers import PixArtAlphaPipeline
+
+    network = PixArtTransformer2DModel.from_pretrained(bundle.folder.parent / "pixart").eval()
+
+    def tell(_, arguments, named):
+        sizes = {"resolution": torch.full((2 * TEXTS, 2), 64.0), "aspect_ratio": torch.ones(2 * TEXTS, 1)}
+        return arguments, named | {"added_cond_kwargs": sizes}
+
+    network.register_forward_pre_hook(tell, with_kwargs=True)
+    schedule = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "epsilon"}
+    pipe = PixArtAlphaPipeline(None, None, first_stage(), network, DPMSolverMultistepScheduler(**schedule))
+    return pipe, {
+        "prompt_embeds": wanted["context"], "prompt_attention_mask": wanted["mask"], "negative_prompt": None,
+        "negative_prompt_embeds": free["context"], "negative_prompt_attention_mask": free["mask"],
+        "guidance_scale": 2.0, "use_resolution_binning": False,
+    }  # fmt: skip
+
+
+def sd3(bundle, wanted, free):
+    from diffusers import StableDiffusion3Pipeline
+
+    network = SD3Transformer2DModel.from_pretrained(bundle.folder.parent / "sd3").eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = StableDiffusion3Pipeline(network, scheduler, first_stage(), None, None, None, None, None, None)
+    return pipe, {
+        "prompt_embeds": wanted["context"], "pooled_prompt_embeds": wanted["pooled"],
+        "negative_prompt_embeds": free["context"], "negative_pooled_prompt_embeds": free["pooled"],
+        "guidance_scale": 2.0,
+    }  # fmt: skip
+
+
+def flux(bundle, wanted, free):
+    from diffusers import FluxPipeline
+
+    network = FluxTransformer2DModel.from_pretrained(bundle.folder.parent / "flux").eval()
+    shifts = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15,
+              "base_image_seq_len": 256, "max_image_seq_len": 4096}  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(**shifts)
+    pipe = FluxPipeline(scheduler, first_stage(), None, None, None, None, network)
+    asked = {"prompt_embeds": wanted["context"], "pooled_prompt_embeds": wanted["pooled"], "guidance_scale": 2.5}
+    return pipe, asked
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="text pipelines of diffusers need transformers"
+)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("kind", [pixart, sd3, flux], ids=lambda kind: kind.__name__)
+def test_pipelines_of_transformers_run_unchanged(folder_bundle, examples, kind, side):
+    """With their own schedulers, guidance and packing of latents."""
+    bundle = folder_bundle(kind.__name__)
+    pipe, asked = kind(bundle, *examples(kind.__name__))
+    pipe.set_progress_bar_config(disable=True)
+
+    def paint(**other):
+        settings = {"height": 8, "width": 8, "num_inference_steps": 2, "output_type": "np"}
+        return pipe(generator=generator(), **settings | asked | other).images
+
+    expected = paint()
+    pipe.transformer = accuquant.load_transformer(bundle, network=side)
+    check_alike(side, paint(), expected, CLOSE, LEAST_SQNR)
+    for name in [name for name in asked if name.endswith("embeds")]:  # else one that never arrived would go unseen
+        others = paint(**{name: asked[name].flip(0) / 2})
+        assert np.abs(others - expected).max() > 5 * CLOSE, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", SIDES)
+def test_stable_diffusion_xl_runs_unchanged(folder_bundle, side):
+    from diffusers import StableDiffusionXLPipeline
+
+    bundle = folder_bundle("sdxl")
+    pipe = StableDiffusionXLPipeline.from_pretrained(bundle.folder.parent / "sdxl", add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+
+    def paint(**told):
+        return pipe(
+            ["a b", "c"], num_inference_steps=2, guidance_scale=5.0, generator=generator(), height=16, width=16,
+            output_type="np", **told,
+        ).images  # fmt: skip
+
+    expected = paint()
+    pipe.unet = accuquant.load_unet(bundle, network=side)
+    check_alike(side, paint(), expected, CLOSE, LEAST_SQNR_OF_XL)
+    with pytest.raises(AccuQuantError, match=r"time_ids is 32, 16, 0, 0, 16, 16 and the graph of .* holds 16, 16"):
+        paint(original_size=(32, 16))
 
 
 def test_batches_run_in_pieces_or_on_an_engine_each(tiny_bundle):
@@ -175,6 +317,62 @@ def test_what_the_bundle_cannot_do_is_refused(tiny_bundle, class_bundle, text_bu
     refused(of_classes, "takes class_labels", x, t, encoder_hidden_states=torch.zeros(2, 4, 8))
     refused(accuquant.load_unet(text_bundle), r"context is float32 \(2, 5, 8\)", torch.zeros(2, 2, 8, 8), t,
             encoder_hidden_states=torch.zeros(2, 5, 8))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        (
+            {"down_block_additional_residuals": [torch.zeros(1)]},
+            "a ControlNet or an adapter adds .* is not in the graph",
+        ),
+        ({"mid_block_additional_residual": torch.zeros(1)}, "a ControlNet or an adapter"),
+        ({"added_cond_kwargs": {"image_embeds": [torch.zeros(1)]}}, r"\(image_embeds\) .* an IP-Adapter is not in the"),
+        ({"cross_attention_kwargs": {"scale": 0.5}}, r"LoRAs are fused at export, with --lora"),
+    ],
+)
+def test_what_would_change_the_network_between_its_layers_is_refused(tiny_bundle, named, words):
+    refused(accuquant.load_unet(tiny_bundle), words, torch.zeros(1, 1, 8, 8), 80, **named)
+
+
+def test_what_a_graph_holds_as_a_constant_may_be_told_the_same_alone(folder_bundle, examples):
+    wanted, _ = examples("flux")
+    model = accuquant.load_transformer(folder_bundle("flux"))
+    where = torch.cartesian_prod(torch.arange(1.0), torch.arange(4.0), torch.arange(4.0))
+    asked = {
+        "hidden_states": torch.zeros(TEXTS, 16, 16), "timestep": torch.ones(TEXTS),
+        "encoder_hidden_states": wanted["context"], "pooled_projections": wanted["pooled"],
+        "img_ids": where, "txt_ids": torch.zeros(5, 3), "guidance": torch.full((TEXTS,), 2.5),
+    }  # fmt: skip
+    assert model(**asked).sample.shape == (TEXTS, 16, 16)
+    with model.cache_context("cond"):
+        model(**asked, joint_attention_kwargs={"scale": 1.0})
+    refused(model, "guidance is 3.5 and the graph of .* holds 2.5", **asked | {"guidance": torch.full((TEXTS,), 3.5)})
+    refused(model, "takes 4 by 4 of 16", **asked | {"img_ids": where.flip(0)})
+    refused(model, "takes 4 by 4 of 16", **asked | {"hidden_states": torch.zeros(TEXTS, 20, 16), "img_ids": None})
+    refused(model, "texts stand at zero", **asked | {"txt_ids": torch.ones(5, 3)})
+    refused(model, "a ControlNet", **asked, controlnet_block_samples=[torch.zeros(1)])
+    refused(model, "an IP-Adapter", **asked, joint_attention_kwargs={"ip_adapter_image_embeds": [torch.zeros(1)]})
+
+    wanted, _ = examples("pixart")
+    of_sizes, x = accuquant.load_transformer(folder_bundle("pixart")), torch.zeros(TEXTS, 4, 8, 8)
+    asked = {
+        "timestep": torch.full((TEXTS,), max(folder_bundle("pixart").plan.timesteps)),
+        "encoder_hidden_states": wanted["context"], "encoder_attention_mask": wanted["mask"],
+    }  # fmt: skip
+    same = {"resolution": torch.full((TEXTS, 2), 64.0), "aspect_ratio": torch.ones(TEXTS, 1)}
+    torch.testing.assert_close(
+        of_sizes(x, **asked, added_cond_kwargs=same).sample, of_sizes(x, **asked, added_cond_kwargs={}).sample
+    )
+    refused(
+        of_sizes,
+        "aspect_ratio is 2 and",
+        x,
+        **asked,
+        added_cond_kwargs=same | {"aspect_ratio": torch.full((2, 1), 2.0)},
+    )
+    asked.pop("encoder_attention_mask")
+    refused(of_sizes, "needs encoder_attention_mask", x, **asked)
 
 
 @pytest.mark.slow
