@@ -6,12 +6,15 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 import yaml
+from accuquant.calibrate.families.adm_unet import timestep_embedding
 from accuquant.calibrate.families.ddim import role_of
 from accuquant.calibrate.families.ddim_unet import UNet, UNetConfig
 from accuquant.calibrate.families.dit_net import DiT, DitConfig
 from accuquant.calibrate.journal import Journal
-from accuquant.calibrate.layers import QuantizedOperator, quantize_operators
+from accuquant.calibrate.layers import MatMul, QuantizedOperator, quantize_operators
+from accuquant.calibrate.model import DiffusionModel
 from accuquant.calibrate.optimize import Outcome, Report, calibrate
 from accuquant.calibrate.scheme import QuantScheme
 from accuquant.calibrate.spec import PRESETS, CalibrationSpec
@@ -88,6 +91,59 @@ def float_graph() -> ir.Model:
     return trace_float(
         network, quantize_operators(network, QuantScheme(weight_bits=8, activation_bits=8), role_of), SHAPE
     )
+
+
+class Every(nn.Module):
+    """One of every operator that is quantized, as networks have them, in the least that a compiler takes for real.
+
+    Convolutions: of the latent, in groups, with a stride behind a Pad, of one point, behind a concatenation, last.
+    Linear layers: of the timestep, of tokens, of what is pooled. And both products of an attention of two heads.
+    """
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 3, 3, padding=1)
+        self.time, self.pooled = nn.Linear(width, width), nn.Linear(width, width)
+        self.grouped, self.down = nn.Conv2d(width, width, 3, padding=1, groups=4), nn.Conv2d(width, width, 3, stride=2)
+        self.norm = nn.GroupNorm(8, width)
+        self.q, self.kv = nn.Conv2d(width, width, 1), nn.Linear(width, 2 * width)
+        self.qk, self.av = MatMul(), MatMul()
+        self.joined = nn.Conv2d(2 * width, width, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        early = self.first(x)
+        h = early + self.time(timestep_embedding(t, early.shape[1]))[:, :, None, None]
+        h = self.down(F.pad(F.silu(self.norm(self.grouped(h))), (0, 1, 0, 1)))
+        tokens = h.flatten(2).transpose(1, 2)
+        q, k, v = (
+            part.reshape(*part.shape[:2], 2, -1).transpose(1, 2)
+            for part in (self.q(h).flatten(2).transpose(1, 2), *self.kv(tokens).chunk(2, dim=2))
+        )
+        seen = self.av(torch.softmax(self.qk(q, k.transpose(2, 3)) * q.shape[3] ** -0.5, -1), v)
+        h = h + seen.transpose(2, 3).reshape(h.shape) + self.pooled(h.mean((2, 3)))[:, :, None, None]
+        return self.last(F.silu(self.joined(torch.cat([F.interpolate(h, scale_factor=2.0), early], 1))))
+
+
+EVERY_SHAPE = (3, 8, 8)
+
+
+def every() -> DiffusionModel:
+    """`Every` with seeded weights; the products alone are attention's, and no operator is left out by `uniform`."""
+    torch.manual_seed(0)
+    roles = {"first": "first", "last": "last", "time": "time", "qk": "attention", "av": "attention"}
+    return DiffusionModel(
+        family="every", found="every operator", network=Every().eval().requires_grad_(False), sample_shape=EVERY_SHAPE,
+        noise_schedule=NOISE_SCHEDULE, role_of=lambda name: roles.get(name, "body"), block_of=lambda name: name,
+        default_sampler="ddim", default_steps=4,
+    )  # fmt: skip
+
+
+@lru_cache
+def every_graph() -> ir.Model:
+    """The exported graph of `every()`, not to be changed."""
+    model = every()
+    scheme = QuantScheme(weight_bits=8, activation_bits=8, policy="uniform")
+    return trace_float(model.network, quantize_operators(model.network, scheme, model.role_of), EVERY_SHAPE)
 
 
 class Toy(nn.Module):

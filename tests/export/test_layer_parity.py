@@ -27,15 +27,17 @@ from torch import nn
 
 
 class Lowered:
-    """The tiny U-Net quantized in some form, on disk, and what it is compared with."""
+    """The tiny U-Net, or the model `of`, quantized in some form, on disk, and what it is compared with."""
 
-    def __init__(self, tiny, folder, *, table=1, smoothing=0.0, bias=False, **scheme):
-        network = tiny.unet()
+    def __init__(self, tiny, folder, *, of=None, table=1, smoothing=0.0, bias=False, **scheme):
+        network, shape, roles = (
+            (tiny.unet(), tiny.SHAPE, role_of) if of is None else (of.network, of.sample_shape, of.role_of)
+        )
         self.plan = trace("ddim", tiny.NOISE_SCHEDULE, 4)
-        self.teacher = simulate(network, self.plan, range(4), tiny.SHAPE)
+        self.teacher = simulate(network, self.plan, range(4), shape)
         self.scheme = QuantScheme(**scheme)
-        splits = find_splits(network, tiny.SHAPE) if self.scheme.split else None
-        self.operators = quantize_operators(network, self.scheme, role_of, splits)
+        splits = find_splits(network, shape) if self.scheme.split else None
+        self.operators = quantize_operators(network, self.scheme, roles, splits)
         if table > 1:
             tabulate(network, self.operators, self.plan, table)
         initialise(network, self.operators, self.plan, self.teacher, "mse", smoothing=smoothing)
@@ -45,7 +47,8 @@ class Lowered:
                 operator.learn_bias()
                 if operator.shift is not None:
                     nn.init.normal_(operator.shift, std=0.1)
-        graph = trace_float(network, self.operators, tiny.SHAPE) if splits else tiny.float_graph()
+        exported = tiny.float_graph() if of is None else tiny.every_graph()
+        graph = trace_float(network, self.operators, shape) if splits else exported
         self.graph, _ = lower(graph, freeze(self.operators, self.scheme, {}), self.scheme.target)
         self.path = folder / "denoiser.onnx"
         save_graph(self.graph, self.path)
@@ -60,6 +63,12 @@ FORMS = {
     "split smoothed biased": {"weight_bits": 4, "activation_bits": 8, "split": True, "smoothing": 0.5, "bias": True},
     "onnxruntime": {"weight_bits": 4, "activation_bits": 8, "target": "onnxruntime", "bias": True, "smoothing": 0.5},
     "tensorrt table": {"weight_bits": 4, "activation_bits": 8, "target": "tensorrt", "table": 2, "bias": True},
+    "tensorrt attention": {"weight_bits": 8, "activation_bits": 8, "target": "tensorrt", "attention": "quantized"},
+    "w3a5 integer": {"weight_bits": 3, "activation_bits": 5, "policy": "integer", "smoothing": 0.5},
+    "w5a7 uniform": {"weight_bits": 5, "activation_bits": 7, "target": "tensorrt", "policy": "uniform", "table": 3},
+    "fp8": {"weight_bits": 8, "activation_bits": 8, "number": "float8", "target": "tensorrt", "smoothing": 0.5},
+    "fp8 table": {"weight_bits": 8, "activation_bits": 8, "number": "float8", "target": "tensorrt", "table": 2},
+    "w4a16": {"weight_bits": 4, "activation_bits": 16, "target": "tensorrt", "bias": True},
 }
 
 
@@ -73,6 +82,24 @@ def test_the_reference_computes_every_layer_as_the_simulation_does(lowered):
     parity = lowered.parity()
     assert parity.keys() == lowered.operators.keys()
     assert min(parity.values()) > 100  # float32 in another order; ties are left out
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"weight_bits": 4, "activation_bits": 16},
+        {"weight_bits": 8, "activation_bits": 8, "number": "float8", "policy": "uniform"},
+        {"weight_bits": 4, "activation_bits": 7, "policy": "uniform", "attention": "quantized", "table": 2},
+    ],
+    ids=["w4a16-blocks", "fp8", "w4a7-table"],
+)
+def test_every_kind_of_operator_is_computed_as_its_simulation_is(form, tiny, tmp_path):
+    """Grouped convolutions, tokens, attention of several heads and weights by blocks, which the U-Net has not."""
+    made = Lowered(tiny, tmp_path, of=tiny.every(), target="tensorrt", **form)
+    parity = made.parity()
+    assert {"grouped", "kv", "pooled"} <= parity.keys()
+    assert ("qk" in parity) == (form["activation_bits"] < 16)
+    assert min(parity.values()) > 100
 
 
 def test_the_engine_computes_every_layer_as_the_simulation_does(lowered):
