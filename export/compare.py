@@ -178,6 +178,7 @@ def layers_alone(
     model = ir.load(bundle.graph("denoiser"))
     places = operator_places(model, forms)
     worst = dict.fromkeys(places, (float("inf"), 0))
+    tied = dict(worst)  # of steps at which ties reach all of a result, which tell nothing where others tell more
     alone = {name: _Alone(model, place, bool(operators[name].inputs)) for name, place in places.items()}
     show_places(model, places)
     with tempfile.TemporaryDirectory() as folder:
@@ -192,11 +193,12 @@ def layers_alone(
             seen |= {id(v): array for v, array in zip(model.graph.outputs, shown.run_all(fed), strict=True)}
             for name, place in places.items():
                 expected, either = alone[name].run(seen)
-                made = np.where(either, expected, seen[id(place.output)])
-                worst[name] = min(worst[name], (sqnr(expected.astype(np.float64), made.astype(np.float64)), i + 1))
+                held, left_out = (tied, np.zeros_like(either)) if either.all() else (worst, either)
+                kept = np.where(left_out, expected, seen[id(place.output)])
+                held[name] = min(held[name], (sqnr(expected.astype(np.float64), kept.astype(np.float64)), i + 1))
             progress(done, steps)
         shown.close()
-    return worst
+    return {name: worst[name] if worst[name][1] else tied[name] for name in places}
 
 
 class _Alone:
@@ -225,7 +227,7 @@ class _Alone:
         if self._rounding is not None and self._result is not None:
             name = str(self._result.name)
             either |= _moves(self._rounding, {name: result[0]}, [name], NEAR_OF_SUMS)
-        return expected, either & ~either.all()
+        return expected, either
 
 
 def _moves(part: Part, given: Mapping[str, np.ndarray], names: Sequence[str], by: float) -> np.ndarray:

@@ -4,11 +4,11 @@ Errors that spread are no guide to where they come from. So the graph shows the 
 operator while it runs along a trajectory, each operator of the simulation is given the very input that the graph's had,
 and the two outputs are compared,
 
-    SQNR = 10 log10( sum ||y_sim||^2 / sum ||y - y_sim||^2 ),
+    SQNR = 10 log10( sum y_sim^2 / sum max(|y - y_sim| - slack, 0)^2 ),
 
-over all results but those that a value on a rounding boundary reaches (ties.py). Two correct layers then differ by
-float32's last digits, 60 dB and more, and an engine that computes something else is far below. The first layer below
-the bar, in the order of the graph, is where the graph departs.
+where values on a rounding boundary give results some slack (ties.py), and most have none. Two correct layers then
+differ by float32's last digits, 60 dB and more, and an engine that computes something else is far below. The first
+layer below the bar, in the order of the graph, is where the graph departs.
 """
 
 import tempfile
@@ -75,10 +75,10 @@ def layer_parity(
             for name, place in places.items():
                 given = [seen[id(x)] for x in place.inputs]
                 padding = _padding(place.node, operators[name])
-                made, either = _simulated(operators[name], step.timestep, given, padding)
-                difference = seen[id(place.output)].reshape(made.shape) - made
-                signal[name] += float(np.square(made, where=~either, out=np.zeros_like(made)).sum())
-                noise[name] += float(np.square(difference, where=~either, out=np.zeros_like(made)).sum())
+                made, slack = _simulated(operators[name], step.timestep, given, padding)
+                difference = np.abs(seen[id(place.output)].reshape(made.shape) - made)
+                signal[name] += float(np.square(made).sum())
+                noise[name] += float(np.square(np.maximum(difference - slack, 0)).sum())
         engine.close()
     return {
         name: min(200.0, 10 * float(np.log10(max(signal[name], 1e-300) / max(noise[name], 1e-300)))) for name in places
@@ -116,7 +116,7 @@ def _padding(node: ir.Node, operator: QuantizedOperator) -> tuple[int, int, int,
 def _simulated(
     operator: QuantizedOperator, timestep: float, inputs: list[np.ndarray], padding: tuple[int, int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The result in float64, and where a tie reaches it; of a result that ties reach everywhere, nowhere."""
+    """The result in float64, and by how much ties let another's differ."""
     for quantizer in operator.quantizers:
         if quantizer.table is not None:
             quantizer.table.current = quantizer.table.row(timestep)
@@ -126,7 +126,5 @@ def _simulated(
         given = [F.pad(torch.cat(given, 1), padding)]
     with quantization({operator.name: operator}, active=True), watch_ties(operator) as ties:
         made = operator(*given).cpu().double().numpy()
-    if not operator.quantizers:
-        return made, np.zeros(made.shape, bool)
-    either = np.broadcast_to(ties.reached().cpu().numpy(), made.shape)
-    return made, either & ~either.all()
+    slack = ties.slack().cpu().double().numpy() if operator.quantizers else np.zeros_like(made)
+    return made, slack

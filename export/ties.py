@@ -1,11 +1,14 @@
-"""Results on which two correct engines may differ: those that a value on a rounding boundary reaches.
+"""How far apart two correct engines may be: what values on a rounding boundary can do to a result.
 
     v = x / s + z,    a tie if |v - floor(v) - 1/2| < e (|v| + levels),    e = EPSILON, of results OF_SUMS
 
 Some engines divide by the scale, some multiply by its reciprocal, some add the zero point in the same rounding or count
-from the lowest level; all are right to float32's last digits, and at a tie their codes are one apart. A convolution
-spreads that over its window, a linear layer over a row, a product over a row or a column. Every other result is the
-same integer sum in all of them.
+from the lowest level; all are right to float32's last digits, and at a tie their codes are one apart. With d = s where
+a value is a tie and 0 elsewhere, results of a layer, and of a product, differ by no more than
+
+    |w| * d,    |a| d_b + d_a |b| + d_a d_b,
+
+and by a step of its grid where the result is written on one. Everything else is the same integer sum in all of them.
 """
 
 from collections.abc import Iterator
@@ -25,33 +28,41 @@ class Ties:
     """Filled while an operator runs inside `watch_ties`: where the values that it quantizes are ties."""
 
     def __init__(self, operator: QuantizedOperator) -> None:
-        self._operator, self._inputs = operator, list[Tensor]()
-        self._output: Tensor | None = None
+        self._operator = operator
+        self._values, self._steps = list[Tensor](), list[Tensor]()  # of the inputs: magnitudes, and d
+        self._written: tuple[Tensor, Tensor] | None = None  # where the result is a tie, and its step
 
     def _see(self, quantizer: ActivationQuantizer, given: tuple[Tensor, ...], made: tuple[Tensor, Tensor]) -> None:
         written = quantizer is self._operator.output
-        v, levels = given[0] / made[1], quantizer.grid.q_max - quantizer.grid.q_min + 1
+        codes, scale = made
+        v, levels = given[0] / scale, quantizer.grid.q_max - quantizer.grid.q_min + 1
         distance = (v - v.floor() - 0.5).abs()
         found = distance < (OF_SUMS if written else EPSILON) * (v.abs() + levels)
         if written:
-            self._output = found
+            self._written = found, scale
         else:
-            self._inputs.append(found)
+            self._values.append((codes * scale).abs())
+            self._steps.append(found * scale)
 
-    def reached(self) -> Tensor:
-        """Which results they reach, of a shape that broadcasts against the result's."""
+    def slack(self) -> Tensor:
+        """By how much each result may differ, zero where no tie reaches it; of the result's shape."""
         operator = self._operator
-        if isinstance(operator, QuantizedConv2d):
-            conv = operator.conv
-            seen = torch.cat(self._inputs, 1).any(1, keepdim=True).float()
-            window = torch.ones(1, 1, *conv.kernel_size, device=seen.device)
-            found = F.conv2d(seen, window, None, conv.stride, conv.padding, conv.dilation) > 0
-        elif isinstance(operator, QuantizedMatMul):
-            left, right = self._inputs
-            found = left.any(-1, keepdim=True) | right.any(-2, keepdim=True)
+        if isinstance(operator, QuantizedMatMul):
+            (left, right), (d_left, d_right) = self._values, self._steps
+            found = left @ d_right + d_left @ (right + d_right)
         else:
-            found = self._inputs[0].any(-1, keepdim=True)
-        return found if self._output is None else found | self._output
+            codes, scale = operator.weight_codes()
+            weight = codes.float().abs() * scale.reshape(-1, *[1] * (codes.ndim - 1))
+            steps = torch.cat(self._steps, 1) if isinstance(operator, QuantizedConv2d) else self._steps[0]
+            if isinstance(operator, QuantizedConv2d):
+                conv = operator.conv
+                found = F.conv2d(steps, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+            else:
+                found = F.linear(steps, weight)
+        if self._written is None:
+            return found
+        ties, step = self._written
+        return found + (ties | (found > 0)) * step
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from shapes import Shape, random_network
 from torch import nn
 
 REFERENCE = Path(__file__).parent / "reference"
+QUICK = ("--steps", "10", "--set", "compensate=never")  # random weights have nothing that compensation could keep
 RANGES_ONLY = ("--preset", "smoke", "--set", "iterations=0", "--pictures", "4")
 
 
@@ -40,16 +41,16 @@ def _random(make: Callable[[], nn.Module], path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Network:
-    """What it is, how its checkpoint is had, and how many steps of sampling calibration looks at."""
+    """What it is, how its checkpoint is had, and how it is exported."""
 
     told: str
     checkpoint: Callable[[Path], Path]
-    steps: int = 50
+    options: tuple[str, ...] = ("--steps", "50")
 
 
 NETWORKS: Mapping[str, Network] = {
-    "ddpm": Network("DDPM's U-Net for CIFAR-10, random weights", _ddpm, 10),
-    "dit": Network("DiT, width 384, depth 7, 256 tokens, random weights", _dit, 10),
+    "ddpm": Network("DDPM's U-Net for CIFAR-10, random weights", _ddpm, QUICK),
+    "dit": Network("DiT, width 384, depth 7, 256 tokens, random weights", _dit, QUICK),
     "small": Network("the bundled U-Net", lambda folder: REFERENCE / "fashion-ddim.ckpt"),
     "conditional": Network("the emoji U-Net, with cross-attention", lambda folder: REFERENCE / "emoji-ldm.ckpt"),
 }
@@ -66,7 +67,7 @@ def bundle_of(name: str, bits: str, folder: Path) -> Bundle:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = NETWORKS[name].checkpoint(folder)
         export = Path(sys.executable).with_name("accuquant-export")
-        asked = [export, checkpoint, "--bits", bits, "--out", out, "--steps", str(NETWORKS[name].steps), *RANGES_ONLY]
+        asked = [export, checkpoint, "--bits", bits, "--out", out, *NETWORKS[name].options, *RANGES_ONLY]
         child = subprocess.run(asked, capture_output=True, text=True, check=False)
         if child.returncode:
             raise AccuQuantError(f"{name}: accuquant-export failed: {(child.stderr or child.stdout).strip()[-400:]}")

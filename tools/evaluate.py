@@ -21,7 +21,6 @@ with the published Inception, its n and its reference.
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +39,7 @@ from draws import Show, Subject, Wish, of_bundle, of_checkpoint, of_files
 from kid import kid
 from picture_sets import InceptionMoments, PictureSet, read_reference
 from rich.table import Table
-from scores import Moments, clip_score, frechet, inception_score, lpips, lpips_network, needed, of_pairs
+from scores import Moments, clip_score, frechet, inception_score, lpips, lpips_network, needed, number, of_pairs
 
 LITE = f"EfficientNet-Lite0, {efficientnet_lite.SIZE} px"
 SHEET_ROWS, SHEET_COLUMNS = 8, 16
@@ -207,17 +206,6 @@ def table(title: str, rows: list[Row]) -> Table:
         spoken = f"{number(r['metric'], floor)} ({floor['n']} / {floor['n_to']})" if floor else "-"
         made.add_row(r["metric"], r["of"], r["to"] or "-", number(r["metric"], r), counts, spoken, r["net"] or "-")
     return made
-
-
-def number(metric: str, r: Mapping[str, Any]) -> str:
-    """A row's value with what is known of its spread, in the unit its metric is quoted in."""
-    if metric == "KID":
-        return f"{1e3 * r['value']:.2f} ± {1e3 * r['standard_error']:.2f} (x 1e-3)"
-    if metric == "PSNR":
-        return f"{r['value']:.2f} (p10 {r['p10']:.2f}) dB"
-    if metric == "IS":
-        return f"{r['value']:.2f} ± {r['deviation']:.2f}"
-    return f"{r['value']:.4f}" if metric in ("SSIM", "LPIPS") else f"{r['value']:.2f}"
 
 
 def evaluate(

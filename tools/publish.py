@@ -8,13 +8,14 @@ import re
 from pathlib import Path
 
 import typer
-from cards import emoji_card, fashion_card
+from cards import cifar_card, emoji_card, fashion_card
 from tables import (
     bench_table,
     cost_table,
     cpu_table,
     emoji_results,
     emoji_sheets,
+    evaluation_table,
     export_table,
     full_size_table,
     methods_table,
@@ -88,6 +89,7 @@ def results_page() -> str:
         parts += [cost_table(json.loads(path.read_text())), "", f"![peak memory by M]({path.stem}.svg)", ""]
     for heading, pattern, draw in (
         ("Text to image", "emoji.json", emoji_results),
+        ("CIFAR-10", "cifar10-*.json", evaluation_table),
         ("Steps on a CPU", "cpu*.json", cpu_table),
         ("Convolutions of a concatenation", "split.json", split_table),
         ("Other quantizers beside ours", "yardsticks*.json", yardstick_table),
@@ -113,6 +115,7 @@ def main() -> None:
     (ROOT / "README.md").write_text(readme)
     (RESULTS / "README.md").write_text(results_page())
     (REFERENCE / "MODEL_CARD.md").write_text(fashion_card(REFERENCE))
+    (REFERENCE / "CIFAR_CARD.md").write_text(cifar_card(REFERENCE, RESULTS))
     (REFERENCE / "EMOJI_CARD.md").write_text(emoji_card(REFERENCE, RESULTS))
 
 

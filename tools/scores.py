@@ -198,3 +198,14 @@ def needed(module: str, extra: str) -> Any:
             f"{module} cannot be imported ({error}); install it with: pip install 'accuquant[{extra}]'"
             + (" (torchvision of the same build as torch)" if extra == "perceptual" else "")
         ) from error
+
+
+def number(metric: str, r: Mapping[str, Any]) -> str:
+    """A row's value with what is known of its spread, in the unit its metric is quoted in."""
+    if metric == "KID":
+        return f"{1e3 * r['value']:.2f} ± {1e3 * r['standard_error']:.2f} (x 1e-3)"
+    if metric == "PSNR":
+        return f"{r['value']:.2f} (p10 {r['p10']:.2f}) dB"
+    if metric == "IS":
+        return f"{r['value']:.2f} ± {r['deviation']:.2f}"
+    return f"{r['value']:.4f}" if metric in ("SSIM", "LPIPS") else f"{r['value']:.2f}"

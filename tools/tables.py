@@ -4,6 +4,7 @@ from typing import Any
 
 from accuquant.calibrate.scheme import QuantScheme
 from cpu_ratios import ratios
+from scores import number
 
 # What the first column of a comparison holds.
 TITLES = {
@@ -322,5 +323,29 @@ def split_table(report: dict[str, Any]) -> str:
         f"{report['checkpoint']}'s trajectories; median CPU time of {report['repeats']} calls of {report['batch']}, "
         f"forms in turn, one thread, OpenVINO. Products in 8 bits by TensorRT-RTX, compiled for {report['gpu']}, "
         f"not run: {kernels or 'not installed'}; {machine(report['machine'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def evaluation_table(report: dict[str, Any]) -> str:
+    """Every metric of an evaluation, as markdown."""
+    lines = ["| | of | to | value | n | floor | by |", "|---|---|---|---:|---:|---:|---|"]
+    for row in report["rows"]:
+        counts = f"{row['n']}" + (f" / {row['n_to']}" if row.get("n_to") else "")
+        floor = number(row["metric"], row["floor"]) if row.get("floor") else "-"
+        cells = [
+            row["metric"],
+            row["of"],
+            row["to"] or "-",
+            number(row["metric"], row),
+            counts,
+            floor,
+            row["net"] or "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    subject = report["subject"]
+    caption = (
+        f"{subject['found']}: {subject['scheme']}, {subject['sampler']}, {subject['steps']} steps, seeds "
+        f"{report['seeds'][0]}..{report['seeds'][1]}; {machine(report['machine'])}."
     )
     return "\n".join([*lines, "", caption])
