@@ -39,7 +39,7 @@ from .companions import save_companions
 from .facts import left_in_float, operator_facts, versions
 from .graph import save_graph, trace_float
 from .layer_parity import check_layers, layer_parity
-from .lower import lower
+from .lower import LAST_REWRITES, lower
 from .measure import Comparison, compare_twins
 from .passes.cast_rest import cast_rest
 from .passes.emulate_bfloat16 import emulate_bfloat16
@@ -131,7 +131,10 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         plan.save(folder / "plan.json")
         show("export", 2, 3, "")
         alike = _compare_layers(folder / "denoiser.onnx", request, operators, plan, judge)
-        # After every layer was compared: some are looked up from now on, and 16 bits differ by their last digits.
+        # After every layer was compared: some are in parts or looked up from now on, and 16 bits differ by their last
+        # digits.
+        for rewrite in LAST_REWRITES[request.scheme.target]:
+            rewrite(quantized, recipe)
         looked_up = 0
         if request.time_table:
             looked_up = sum(time_table(graph, [step.timestep for step in plan.steps]) for graph in (quantized, twin))

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ..calibrate.scheme import TargetName
 from ..runtime.errors import AccuQuantError, near
-from .graph import operator_nodes
+from .graph import operator_nodes, operator_parts
 from .operands import came_from, operand
 from .target_rules import NODE_RULES, RULES, Violation
 
@@ -54,7 +54,7 @@ def violations(
             rule = f"no node of that name ({near(name, nodes)})"
             found.append(Violation(name, rule, "recipe and checkpoint do not fit: export what was calibrated"))
             continue
-        for part in (name, f"{name}.second"):  # of a convolution that was taken apart
+        for part in (*operator_parts(nodes, name), f"{name}.second"):  # of an operator that was taken apart
             if part in nodes:
                 found += _of_node(nodes[part], target, (1,) if weights_alone else (0, 1))
     return found

@@ -29,7 +29,7 @@ from ..runtime.denoiser import Denoiser, engine_batch
 from ..runtime.engines import open_engine
 from ..runtime.engines.base import Engine, EngineOptions
 from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
-from .graph import save_graph
+from .graph import operator_nodes, operator_parts, save_graph
 from .part import Part
 from .places import Form, Place, operator_places, show_places
 from .verify import sqnr
@@ -172,14 +172,18 @@ def layers_alone(
     steps: int,
     progress: Progress,
 ) -> dict[str, tuple[float, int]]:
-    """Every computed operator's worst SQNR in dB on the engine's own input, and at which step (from 1) it was."""
+    """Every computed operator's worst SQNR in dB on the engine's own input, and at which step (from 1) it was.
+
+    Of one that was taken apart by its output channels, every part's.
+    """
     operators = bundle.manifest.operators
-    forms = {name: Form(f.kind, len(f.inputs)) for name, f in operators.items() if not f.in_table}
     model = ir.load(bundle.graph("denoiser"))
-    places = operator_places(model, forms)
+    nodes = operator_nodes(model)
+    whole = {part: f for name, f in operators.items() if not f.in_table for part in operator_parts(nodes, name)}
+    places = operator_places(model, {part: Form(f.kind, len(f.inputs)) for part, f in whole.items()})
     worst = dict.fromkeys(places, (float("inf"), 0))
     tied = dict(worst)  # of steps at which ties reach all of a result, which tell nothing where others tell more
-    alone = {name: _Alone(model, place, bool(operators[name].inputs)) for name, place in places.items()}
+    alone = {name: _Alone(model, place, bool(whole[name].inputs)) for name, place in places.items()}
     show_places(model, places)
     with tempfile.TemporaryDirectory() as folder:
         save_graph(model, Path(folder) / "shown.onnx")

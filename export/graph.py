@@ -13,6 +13,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import count, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -114,6 +115,12 @@ def operator_node(nodes: Mapping[str, ir.Node], name: str) -> ir.Node:
             "that name, so recipe and checkpoint do not fit: export what was calibrated, without --resume"
         )
     return nodes[name]
+
+
+def operator_parts(nodes: Mapping[str, ir.Node], name: str) -> list[str]:
+    """A layer's node and, if it was taken apart by its output channels (split_projections), the other parts'."""
+    others = (f"{name}/{n}" for n in count(1))
+    return [name, *takewhile(nodes.__contains__, others)]
 
 
 def graph_input(model: ir.Model, name: str) -> ir.Value:

@@ -14,6 +14,7 @@ from .passes.linear_as_matmul import linear_as_matmul
 from .passes.quantize_outputs import quantize_outputs
 from .passes.requantize_int4 import requantize_int4
 from .passes.smooth_inputs import smooth_inputs
+from .passes.split_projections import split_projections
 from .passes.split_shortcuts import split_shortcuts
 from .passes.step_table import step_table
 from .passes.store_weights import store_weights
@@ -32,6 +33,13 @@ KERNEL_REWRITES: Mapping[TargetName, tuple[Callable[[ir.Model, Recipe], int], ..
     "cpu": (),
     "onnxruntime": (widen_int4, quantize_outputs),
     "tensorrt": (requantize_int4,),
+}
+
+# Rewrites after which a layer is not found whole any more: they run once every layer was compared.
+LAST_REWRITES: Mapping[TargetName, tuple[Callable[[ir.Model, Recipe], int], ...]] = {
+    "cpu": (),
+    "onnxruntime": (),
+    "tensorrt": (split_projections,),
 }
 
 

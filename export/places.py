@@ -65,7 +65,8 @@ def _float_input(node: ir.Node, name: str, index: int) -> ir.Value:
     """What stood before quantization, table and smoothing."""
     value = node.inputs[index]
     assert value is not None
-    ours = {f"{name}.smooth", f"{name}.input{index}.divide"}
+    whole = name.partition("/")[0]  # whose input all parts read
+    ours = {f"{whole}.smooth", f"{whole}.input{index}.divide"}
     while (producer := value.producer()) and (producer.op_type in QUANTIZATION or producer.name in ours):
         if producer.name and producer.name.endswith(WRITTEN):  # on the grid of another's output, which is not undone
             break

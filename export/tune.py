@@ -34,7 +34,7 @@ from ..runtime.errors import AccuQuantError
 from ..runtime.interleave import Gain, gain, interleaved
 from ..runtime.plan import SamplingPlan
 from .graph import operator_nodes, save_graph, trace_float
-from .lower import lower
+from .lower import LAST_REWRITES, lower
 from .passes.cast_rest import cast_rest
 from .passes.time_table import time_table
 from .tuning import GroupDecision, Saving, Tuning
@@ -101,7 +101,10 @@ class Workshop:
         return {port.name: np.resize(self._given[port.name], port.shape).astype(port.dtype) for port in engine.inputs}
 
     def _lowered(self, in_float: Floats) -> ir.Model:
-        graph, _ = lower(self._graph, _without(self._recipe, in_float), self.target)
+        recipe = _without(self._recipe, in_float)
+        graph, _ = lower(self._graph, recipe, self.target)
+        for rewrite in LAST_REWRITES[self.target]:
+            rewrite(graph, recipe)
         if self._table:
             time_table(graph, self._timesteps)
         if self.rest != "float32":

@@ -201,12 +201,12 @@ def save_class_checkpoint(folder: Path, classes: int) -> Path:
     return folder / "classes.pt"
 
 
-def export_classes(folder: Path, classes: int = 4) -> Bundle:
+def export_classes(folder: Path, classes: int = 4, target: str = "cpu") -> Bundle:
     """That DiT as a W8A8 bundle of four steps and guidance 2.5."""
     request = Request(
         checkpoint=save_class_checkpoint(folder, classes),
         out=folder / "bundle",
-        scheme=QuantScheme(weight_bits=8, activation_bits=8),
+        scheme=QuantScheme(weight_bits=8, activation_bits=8, target=target),
         spec=CalibrationSpec(**PRESETS["smoke"]),
         steps=4,
         pictures=8,
