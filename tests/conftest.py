@@ -29,6 +29,7 @@ LONGEST = (
     "test_emoji.py",
     "test_pixart.py",
     "test_tune.py",
+    "test_split_projections.py",
 )
 
 # A busy machine is no failure.
