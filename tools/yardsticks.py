@@ -153,6 +153,8 @@ def quantize(candidate: Candidate, keep: Sequence[str], graph: Path, data: Path,
     out = folder / f"{candidate.name.replace(' ', '-').replace(',', '')}{candidate.suffix}"
     script = PEERS / (candidate.script or LIBRARIES[candidate.library].script)
     own = shutil.copy(graph, folder / "float.onnx")  # some write into the graph that they read
+    if (weights := graph.with_name(f"{graph.name}.data")).exists():
+        shutil.copy(weights, folder)  # under the name that the graph has for them
     asked = [python, script, own, data, out, json.dumps({**candidate.settings, "keep": list(keep)})]
     try:
         child = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=SECONDS)

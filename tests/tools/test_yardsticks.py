@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from accuquant.calibrate.trajectory import simulate
 from accuquant.export.build import JUDGE_SEEDS, TEACHER_SEEDS
@@ -81,6 +82,17 @@ def test_all_are_measured_alike_and_a_peer_that_fails_is_a_row_that_says_why(yar
     assert "refused" in ours["compiled"]  # unsigned activations
     assert out.with_suffix(".svg").exists()
     assert {"cpu", "cores"} <= report["machine"].keys()
+
+
+def test_a_peer_is_given_the_weights_that_lie_beside_a_large_graph(yardsticks, peers, tiny_bundle, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    model, large = onnx.load(tiny_bundle.graph("twin")), tmp_path / "here" / "twin.onnx"
+    count = len(model.graph.initializer)
+    onnx.save(model, large, save_as_external_data=True, location="twin.onnx.data", size_threshold=0)
+    copied = yardsticks.CANDIDATES[0]
+    made = yardsticks.quantize(copied, [], large, tmp_path / "none.npz", tmp_path / "there", sys.executable)
+    assert len(onnx.load(made).graph.initializer) == count
 
 
 def test_an_environment_that_cannot_be_made_is_told_in_the_installers_words(yardsticks, monkeypatch, tmp_path):
