@@ -61,7 +61,7 @@ precision, `cifar10-small-ddim.yml` its configuration.
 | note | {facts.get("note", "-")} |
 | KID ({kid["net"]}) | {score(kid)}, n = {kid["n"]} samples against as many of {kid["to"]} |
 | its floor | {score(kid["floor"])}, real pictures against others of them, n = {kid["floor"]["n"]} |
-| sampler | {subject["sampler"]}, {subject["steps"]} steps, seeds from {measured["seeds"][0]} |
+| sampler | {subject["sampler"]}, {subject["calls"]} calls, seeds from {measured["seeds"][0]} |
 
 ![samples](../results/cifar10-w8a8.png)
 

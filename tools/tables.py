@@ -155,7 +155,8 @@ def yardstick_table(report: dict[str, Any]) -> str:
             continue
         rtx, covered = row.get("compiled"), row["coverage"]
         told = "no ONNX" if rtx is None else "refused" if "refused" in rtx else _plan(rtx)
-        spent = f"{row['samples']}, {row['quantize_seconds']:.0f} s" if "samples" in row else "-"
+        calls = row.get("samples", report["samples"] if "settings" in row else None)
+        spent = f"{calls}, {row['quantize_seconds']:.0f} s" if calls else "-"
         steps = (f"{row['step_seconds'][batch]['cpu'] * 1e3:.2f} ms" for batch in ("1", "8"))
         cells = [
             name, spent, f"{row['psnr_mean']:.2f} ({row['psnr_p10']:.2f}) dB", f"{row['mse_median']:.2e}",
@@ -345,7 +346,7 @@ def evaluation_table(report: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     subject = report["subject"]
     caption = (
-        f"{subject['found']}: {subject['scheme']}, {subject['sampler']}, {subject['steps']} steps, seeds "
+        f"{subject['found']}: {subject['scheme']}, {subject['sampler']}, {subject['calls']} calls, seeds "
         f"{report['seeds'][0]}..{report['seeds'][1]}; {machine(report['machine'])}."
     )
     return "\n".join([*lines, "", caption])
