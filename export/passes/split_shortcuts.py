@@ -2,6 +2,9 @@
 
     Conv(Concat(a, b), w) + c   ->   Conv(a, w_a) + c  +  Conv(b, w_b)
 
+One convolution behind a concatenation of a / s_a and b / s_b would do as well, with the scales taken into w; measured
+(tools/bench_split.py), it is less exact, since columns of different scales share a weight's grid, and slower on CPUs.
+
 Requires: the convolution reads a Concat of two tensors on axis 1, the first as wide as calibration saw it.
 Ensures: two Conv nodes, the first with the old name and the bias, the second named `<name>.second`, and an Add behind;
 the returned recipe has an operator for each, with one input each.
