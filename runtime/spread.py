@@ -65,7 +65,8 @@ def map_chunks(
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
-    # Bytes, because columns would make numbers of another kind of what a chunk holds.
+    # Bytes, because columns would make numbers of another kind of what a chunk holds. They were pickled here, and go no
+    # other way than the workers' code and arguments, which Ray pickles itself.
     items = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
     with ray.data.DataContext.current(context):
         made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
