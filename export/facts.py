@@ -6,7 +6,7 @@ from importlib import metadata
 import onnx_ir as ir
 from torch import nn
 
-from ..calibrate.layers import MatMul, QuantizedOperator
+from ..calibrate.layers import QUANTIZABLE, UNQUANTIZABLE, QuantizedOperator
 from ..calibrate.recipe import ActivationRecipe, Recipe
 from ..calibrate.scheme import QuantScheme, Role
 from ..runtime.bundle import IN_TABLE, OperatorFacts
@@ -57,7 +57,7 @@ def left_in_float(
     nodes, found = operator_nodes(graph), dict[str, str]()
     quantized = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, QuantizedOperator))
     for name, module in network.named_modules():
-        if not isinstance(module, nn.Conv2d | nn.Linear | MatMul) or name not in nodes or name.startswith(quantized):
+        if not isinstance(module, QUANTIZABLE + UNQUANTIZABLE) or name not in nodes or name.startswith(quantized):
             continue
         role = role_of(name)
         if scheme.nothing_quantized:

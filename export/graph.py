@@ -22,7 +22,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ..calibrate.layers import MatMul, QuantizedOperator, quantization
+from ..calibrate.layers import QUANTIZABLE, UNQUANTIZABLE, QuantizedOperator, quantization
 from ..calibrate.trajectory import NOTHING, Condition
 from ..runtime.errors import AccuQuantError, near
 from ..runtime.files import atomic
@@ -172,12 +172,12 @@ def _name_the_others(model: ir.Model, network: nn.Module, operators: dict[str, Q
     modules = {
         name
         for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear | MatMul) and name not in operators and not name.startswith(own)
+        if isinstance(module, QUANTIZABLE + UNQUANTIZABLE) and name not in operators and not name.startswith(own)
     }
     claims: dict[str, list[ir.Node]] = {}
     for node in model.graph:
         innermost = next((name for name in _scopes(node) if name in modules), None)
-        if innermost is not None and node.op_type in {"Conv", "Gemm", "MatMul"}:
+        if innermost is not None and node.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"}:
             claims.setdefault(innermost, []).append(node)
     for name, nodes in claims.items():
         if len(nodes) == 1:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from .bundle import OperatorFacts
-from .engines.base import Engine, Kernel
+from .engines.base import Engine, Kernel, parts_told
 
 # What engines call a kernel that multiplies few bits: OpenVINO i8 and u8, TensorRT Int8, Int4 and FP8.
 LOW_BIT = frozenset({"i8", "u8", "Int8", "Int4", "FP8"})
@@ -37,7 +37,7 @@ def operator_precisions(engine: Engine, operators: Iterable[str]) -> dict[str, s
     for known in (kernels, [kernel for kernel in kernels if multiplies(kernel)]):
         reported = [(node, kernel.precision) for kernel in known for node in kernel.nodes]
         found |= {node.partition("/")[0]: precision for node, precision in reported} | dict(reported)
-    return {name: precision for name, precision in found.items() if name in wanted}
+    return {name: precision for name, precision in parts_told(found).items() if name in wanted}
 
 
 def multiplies(kernel: Kernel) -> bool:

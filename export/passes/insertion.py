@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 LIKE_THEIR_INPUT = frozenset({"Add", "Clip", "Div", "Mul"})  # in shape and type
+OF_ITS_TYPE = frozenset({"Gather", "Reshape", "Unsqueeze"})
 
 
 def constant(model: ir.Model, name: str, value: np.ndarray | np.generic) -> ir.Value:
@@ -62,6 +63,9 @@ def read_instead(model: ir.Model, old: ir.Value, new: ir.Value, readers: Sequenc
 def _node(op: str, inputs: Sequence[ir.Value | None], name: str, attributes: dict[str, int]) -> ir.Node:
     node = ir.Node("", op, inputs, [ir.AttrInt64(k, v) for k, v in attributes.items()], name=name)
     node.outputs[0].name = f"{name}.output"
-    if op in LIKE_THEIR_INPUT and inputs[0] is not None:
-        node.outputs[0].shape, node.outputs[0].type = inputs[0].shape, inputs[0].type
+    made, first = node.outputs[0], inputs[0]
+    if first is not None and op in LIKE_THEIR_INPUT | OF_ITS_TYPE:
+        made.type = first.type
+    if first is not None and op in LIKE_THEIR_INPUT:
+        made.shape = first.shape
     return node

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,15 @@ class Kernel:
     precision: str
     nodes: tuple[str, ...]
     microseconds: float | None = None
+
+
+def parts_told(found: Mapping[str, str]) -> dict[str, str]:
+    """Precisions by name; a layer that was taken apart into `qkv`, `qkv/1`, `qkv/2` has those of all its parts."""
+    told = dict(found)
+    for name in found:
+        parts = takewhile(found.__contains__, (f"{name}/{n}" for n in count(1)))
+        told[name] = " and ".join(dict.fromkeys([found[name], *map(found.__getitem__, parts)]))
+    return told
 
 
 @dataclass(frozen=True)

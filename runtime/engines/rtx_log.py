@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import AccuQuantError
-from .base import Kernel
+from .base import Kernel, parts_told
 
 # Kernels that multiply: `correlation` convolves, `runtime_fusion` is a product whose kernel is chosen on the device.
 ATTENTION = "gemm_mha"  # both products and the softmax in one: a `kgen` by its type, this by its name
@@ -47,9 +47,9 @@ class Compiled:
 
     def precisions(self, operators: Iterable[str]) -> dict[str, str]:
         """In which precision each operator is multiplied; operators that no product kernel names are left out."""
+        found = {node: k.precision for k in self.kernels if k.kind in PRODUCTS for node in k.nodes}
         wanted = set(operators)
-        products = (k for k in self.kernels if k.kind in PRODUCTS)
-        return {node: kernel.precision for kernel in products for node in kernel.nodes if node in wanted}
+        return {name: precision for name, precision in parts_told(found).items() if name in wanted}
 
 
 def parse_log(text: str) -> Compiled:

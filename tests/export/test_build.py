@@ -235,6 +235,7 @@ def test_an_operator_that_no_target_quantizes_is_named_and_can_be_left_in_float(
     request = replace(request, scheme=request.scheme.model_copy(update={"in_float": patterns}))
     manifest = build(request, prepare(request), quiet).bundle.manifest
     assert not [name for name in manifest.operators if name.startswith(("mid.block_1.conv1", "mid.block_2."))]
+    assert manifest.in_float["mid.block_1.conv1"] == "asked for (--in-float mid.block_1.conv1)"
     assert manifest.in_float["mid.block_2.conv1"] == "asked for (--in-float mid.block_2.*)"
     assert "in float too mid.block_1.conv1 mid.block_2.*" in request.scheme.described
 

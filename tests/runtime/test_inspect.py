@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from accuquant.runtime.bundle import OperatorFacts
 from accuquant.runtime.engines.base import Kernel
+from accuquant.runtime.engines.rtx_log import Compiled
 from accuquant.runtime.engines.saturation import saturates
 from accuquant.runtime.inspection import judge, operator_precisions
 
@@ -50,6 +51,20 @@ def test_the_kernel_that_multiplies_is_believed_and_not_the_one_that_scales_its_
     running = SimpleNamespace(kernels=lambda: kernels)
     got = operator_precisions(running, ["conv1", "conv2", "softmax", "gone"])
     assert got == {"conv1": "Int8", "conv2": "u8", "softmax": "f32"}
+
+
+def test_of_a_layer_that_was_taken_apart_every_part_tells():
+    kernels = (
+        Kernel("gemm", "Int8", ("qkv",)),
+        Kernel("gemm", "Half", ("qkv/1",)),
+        Kernel("gemm", "Int8", ("qkv/2",)),
+        *(Kernel("gemm", "Int8", (name,)) for name in ("out", "out/1", "out/3")),
+    )
+    running = SimpleNamespace(kernels=lambda: kernels)
+    asked = {name: facts("linear") for name in ("qkv", "out")}
+    for got in (operator_precisions(running, asked), Compiled(kernels, 0, 0).precisions(asked)):
+        assert got == {"qkv": "Int8 and Half", "out": "Int8"}
+        assert ["in float" in verdict.why for verdict in judge(asked, got)] == [True, False]
 
 
 def test_all_operators_of_a_bundle_run_in_integers_where_these_do_not_saturate(tiny_bundle, tmp_path):
