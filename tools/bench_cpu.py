@@ -35,15 +35,17 @@ from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.files import write_text
 from accuquant.runtime.interleave import in_turn, spread
 from calls import recorded
-from cpu_networks import NETWORKS, bundle_of
+from cpu_networks import NETWORKS, bundle_of, plain_graph
 from cpu_ratios import ratios
 from products import large_product, multiplications
 from rich.table import Table
-from yardsticks import CANDIDATES, contestants
+from yardsticks import CANDIDATES, Contestant, calibration_data, peers
 
 BITS = ("8/8", "4/8")
 JUDGED = 64  # calls
 WARM_UP = 3
+SAMPLES = 256  # that NNCF calibrates with
+ON_OURS = ", our float graph"
 PRESETS = [c for c in CANDIDATES if c.library == "nncf" and c.settings["fast_bias_correction"]]
 
 
@@ -53,7 +55,7 @@ class Side:
 
     graph: Path
     engine: str
-    whose: str  # fp32, bf16, ours or nncf
+    whose: str  # fp32, bf16, ours, nncf, or nncf on ours
     rest: Rest = "float32"
     target: str = ""
 
@@ -61,8 +63,8 @@ class Side:
         return open_engine(self.graph, EngineOptions(batch, threads, self.rest), self.engine, self.target)
 
 
-def sides_of(bundles: Sequence[Bundle], peers: Mapping[str, Path]) -> dict[str, Side]:
-    """All that run beside each other for one network."""
+def sides_of(bundles: Sequence[Bundle], others: Mapping[str, Contestant]) -> dict[str, Side]:
+    """All that run beside each other for one network; `others` failed or have a graph."""
     rests = OpenVINOEngine.rests()
     twin, short = bundles[0].graph("twin"), {"float32": "fp32 rest", "bfloat16": "bf16 rest"}
     found = {
@@ -75,8 +77,26 @@ def sides_of(bundles: Sequence[Bundle], peers: Mapping[str, Path]) -> dict[str, 
         for bundle in bundles:
             made = Side(bundle.graph("denoiser"), "openvino", "ours", rest, bundle.manifest.target)
             found[f"AccuQuant {bundle.manifest.scheme}, {short[rest]}"] = made
-        for name, graph in peers.items():
-            found[f"{name}, {short[rest]}"] = Side(graph, "openvino", "nncf", rest)
+        for name, one in others.items():
+            if "failed" not in one.row:
+                found[f"{name}, {short[rest]}"] = Side(one.graph, "openvino", whose(name), rest)
+    return found
+
+
+def whose(peer: str) -> str:
+    return "nncf on ours" if peer.endswith(ON_OURS) else "nncf"
+
+
+def quantized_by_others(
+    name: str, bundle: Bundle, folder: Path, environments: Path, made: Path
+) -> dict[str, Contestant]:
+    """NNCF's presets from both float graphs, by name."""
+    data, found = calibration_data(bundle, SAMPLES, made), {}
+    for n, (told, graph) in enumerate((("", plain_graph(name, folder)), (ON_OURS, bundle.graph("twin")))):
+        place = made / f"graph{n}"
+        place.mkdir()
+        theirs = peers(bundle, graph, PRESETS, SAMPLES, data, environments, place)
+        found |= {f"{preset}{told}": one for preset, one in theirs.items()}
     return found
 
 
@@ -120,12 +140,11 @@ def measure(
     judged = recorded(bundles[0], range(JUDGE_SEEDS, JUDGE_SEEDS + 8), JUDGED)
     most = max(batches)
     with tempfile.TemporaryDirectory() as made, bar() as show:
-        found = contestants(bundles[:1], PRESETS, 256, environments, Path(made))
-        tried = {key: one for key, one in found.items() if "settings" in one.row}
-        peers = {key: one.graph for key, one in tried.items() if "failed" not in one.row}
-        sides = sides_of(bundles, peers)
+        others = quantized_by_others(name, bundles[0], folder, environments, Path(made))
+        sides = sides_of(bundles, others)
         rows: dict[str, Any] = {key: {"whose": s.whose, "rest": s.rest, "seconds": {}} for key, s in sides.items()}
-        rows |= {key: {"whose": "nncf", "failed": o.row["failed"]} for key, o in tried.items() if "failed" in o.row}
+        failed = {key: one.row["failed"] for key, one in others.items() if "failed" in one.row}
+        rows |= {key: {"whose": whose(key), "failed": why} for key, why in failed.items()}
         for batch in batches:
             with ExitStack() as held:
                 engines = {}
@@ -151,13 +170,15 @@ def measure(
 def table(report: Mapping[str, Any]) -> Table:
     """Our faster rest against everyone's fastest."""
     made = Table(title=f"median CPU time of {report['repeats']} interleaved steps")
-    for column in ("", "batch", "fp32", "W8A8", "vs fp32", "vs bf16", "vs NNCF", "SQNR", "NNCF's", "W4A8", "of limit"):
+    heads = "batch|fp32|W8A8|vs fp32|vs bf16|vs NNCF|on our graph|SQNR|NNCF's|W4A8|of limit"
+    for column in ("", *heads.split("|")):
         made.add_column(column, justify="left" if not column else "right")
     for row in ratios(report):
         made.add_row(
             row.network, str(row.batch), f"{row.fp_seconds * 1e3:.2f} ms", f"{row.seconds * 1e3:.2f} ms",
             f"{row.vs_fp:.2f}x", f"{row.vs_bf16:.2f}x" if row.vs_bf16 else "-", f"{row.vs_peer:.2f}x",
-            f"{row.sqnr:.1f} dB", f"{row.peer_sqnr:.1f} dB", f"{row.four:.2f}", f"{row.share:.0%}",
+            f"{row.vs_peer_on_ours:.2f}x", f"{row.sqnr:.1f} dB", f"{row.peer_sqnr:.1f} dB", f"{row.four:.2f}",
+            f"{row.share:.0%}",
         )  # fmt: skip
     return made
 

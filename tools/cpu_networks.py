@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accuquant.calibrate.families import load_model
 from accuquant.calibrate.families.ddim_unet import UNet, UNetConfig
 from accuquant.calibrate.families.dit_net import DiT, DitConfig
+from accuquant.export.graph import save_graph, trace_float
 from accuquant.runtime.bundle import Bundle
 from accuquant.runtime.errors import AccuQuantError
 from shapes import Shape, random_network
@@ -72,3 +74,12 @@ def bundle_of(name: str, bits: str, folder: Path) -> Bundle:
         if child.returncode:
             raise AccuQuantError(f"{name}: accuquant-export failed: {(child.stderr or child.stdout).strip()[-400:]}")
     return Bundle(out)
+
+
+def plain_graph(name: str, folder: Path) -> Path:
+    """The network's float graph in `folder` as torch writes it, without our rewrites: what others' users begin with."""
+    out = folder / f"{name}-plain.onnx"
+    if not out.exists():
+        model = load_model(NETWORKS[name].checkpoint(folder))
+        save_graph(trace_float(model.network, {}, model.sample_shape, model.condition([0])), out)
+    return out

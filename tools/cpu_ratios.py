@@ -19,6 +19,8 @@ class Ratio(NamedTuple):
     peer: str
     peer_sqnr: float
     vs_peer: float
+    peer_on_ours: str  # from our float graph instead of torch's
+    vs_peer_on_ours: float
     four: float  # W4A8's seconds, of W8A8's
     share: float  # of the rate that one large product in 8 bits reaches
 
@@ -39,10 +41,12 @@ def ratios(report: Mapping[str, Any]) -> Iterator[Ratio]:
             fp, fp_seconds = fastest("fp32")
             ours, seconds = fastest("ours", "W8A8")
             peer, peer_seconds = fastest("nncf")
+            on_ours, on_ours_seconds = fastest("nncf on ours")
             short = [s for s, row in rows.values() if row["whose"] == "bf16"]
             rate = 2 * network["multiplications"] * batch / seconds
             yield Ratio(
                 name, batch, fp, fp_seconds, ours, seconds, rows[ours][1]["sqnr"], fp_seconds / seconds,
                 short[0] / seconds if short else None, peer, rows[peer][1]["sqnr"], peer_seconds / seconds,
+                on_ours, on_ours_seconds / seconds,
                 fastest("ours", "W4A8")[1] / seconds, rate / report["limit"]["int8"],
             )  # fmt: skip

@@ -137,9 +137,9 @@ def environment(library: str, folder: Path) -> Path:
     return python
 
 
-def float_products(bundle: Bundle) -> list[str]:
-    """Nodes of the float twin that multiply, and that the bundle does not quantize."""
-    nodes = onnx.load(bundle.graph("twin"), load_external_data=False).graph.node
+def float_products(bundle: Bundle, graph: Path) -> list[str]:
+    """Nodes of a float graph that multiply, and that the bundle does not quantize."""
+    nodes = onnx.load(graph, load_external_data=False).graph.node
     products = [node.name for node in nodes if node.op_type in ("Conv", "Gemm", "MatMul")]
     return [name for name in products if name not in bundle.manifest.operators]
 
@@ -174,8 +174,7 @@ def contestants(
 ) -> dict[str, Contestant]:
     """All graphs by name, the first bundle's twin first; a peer that failed has no graph but a reason in its row."""
     first = bundles[0]
-    data = folder / "data.npz"
-    write(recorded(first, range(TEACHER_SEEDS, TEACHER_SEEDS + CHAINS), samples), data)
+    data = calibration_data(first, samples, folder)
     found = {"fp32": Contestant(first.graph("twin"), choose("auto", first.manifest.target))}
     for bundle in bundles:
         target, spec = bundle.manifest.target, bundle.manifest.provenance["calibration"]
@@ -185,8 +184,24 @@ def contestants(
         if name in found:
             raise AccuQuantError(f"{bundle.folder} is the second of {name}; leave one of them out")
         found[name] = Contestant(bundle.graph("denoiser"), choose("auto", target), row)
+    return found | peers(first, first.graph("twin"), candidates, samples, data, environments, folder)
+
+
+def calibration_data(bundle: Bundle, samples: int, folder: Path) -> Path:
+    """What the float twin is called with from seeds that nobody is judged on, written into `folder`."""
+    path = folder / "data.npz"
+    write(recorded(bundle, range(TEACHER_SEEDS, TEACHER_SEEDS + CHAINS), samples), path)
+    return path
+
+
+def peers(
+    bundle: Bundle, graph: Path, candidates: Sequence[Candidate], samples: int, data: Path, environments: Path,
+    folder: Path,
+) -> dict[str, Contestant]:  # fmt: skip
+    """Every candidate's quantization of a float graph of the bundle's network; graphs are written into `folder`."""
+    found = {}
     for candidate in candidates:
-        keep = float_products(first) if candidate.like_ours else []
+        keep = float_products(bundle, graph) if candidate.like_ours else []
         row: dict[str, Any] = {"settings": {**candidate.settings, "keep": keep}, "samples": samples}
         row |= {"requirements": LIBRARIES[candidate.library].requirements}
         found[candidate.name] = Contestant(Path(), candidate.engine, row)
@@ -194,7 +209,7 @@ def contestants(
         try:
             python = environment(candidate.library, environments)
             begun = time.perf_counter()
-            found[candidate.name].graph = quantize(candidate, keep, first.graph("twin"), data, folder, python)
+            found[candidate.name].graph = quantize(candidate, keep, graph, data, folder, python)
         except AccuQuantError as error:
             row["failed"] = str(error)
         row["quantize_seconds"] = time.perf_counter() - begun

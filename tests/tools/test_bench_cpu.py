@@ -34,6 +34,7 @@ def of_classes(tool, class_bundle, monkeypatch, tmp_path):
     monkeypatch.setattr(tool, "PRESETS", [yardsticks.Candidate(name, name, {}) for name in libraries])
     monkeypatch.setattr(tool, "NETWORKS", {"classes": tool.NETWORKS["dit"]})
     monkeypatch.setattr(tool, "bundle_of", lambda name, bits, folder: Bundle(class_bundle.folder))
+    monkeypatch.setattr(tool, "plain_graph", lambda name, folder: class_bundle.graph("twin"))
     monkeypatch.setattr(tool, "BITS", ("8/8",))
     monkeypatch.setattr(tool, "ratios", lambda report: [])  # they want W8A8 and W4A8
     monkeypatch.setattr(tool, "large_product", lambda threads: {"float32": 1e11, "int8": 4e11})
@@ -64,6 +65,7 @@ def test_the_share_of_the_limit_is_multiplications_by_time(tool):
         "fp32, A": row("fp32", 0.4), "fp32, B": row("fp32", 0.3), "bf16, A": row("bf16", 0.15),
         "AccuQuant W8A8, x": row("ours", 0.12, 20.0), "AccuQuant W8A8, y": row("ours", 0.1),
         "AccuQuant W4A8, x": row("ours", 0.11), "P": row("nncf", 0.2, 25.0), "Q": {"whose": "nncf", "failed": "why"},
+        "P, our float graph": row("nncf on ours", 0.15, 25.0),
     }  # fmt: skip
     report = {
         "batches": [2], "limit": {"int8": 4e11},
@@ -74,6 +76,7 @@ def test_the_share_of_the_limit_is_multiplications_by_time(tool):
     assert found.vs_fp == pytest.approx(3.0)
     assert found.vs_bf16 == pytest.approx(1.5)
     assert found.vs_peer == pytest.approx(2.0)
+    assert found.vs_peer_on_ours == pytest.approx(1.5)
     assert (found.sqnr, found.peer_sqnr) == (30.0, 25.0)
     assert found.four == pytest.approx(1.1)
     assert found.share == pytest.approx(2 * 5e9 * 2 / 0.1 / 4e11)
