@@ -57,7 +57,7 @@ from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.files import write_text
 from bench_calibration import BETAS, forget_peak, resident
 from rich.table import Table
-from shapes import SHAPES, parameters, random_network, role_of
+from shapes import SHAPES, activations, parameters, random_network, role_of
 from torch import Tensor, nn
 
 BUNDLED = Path(__file__).parent / "reference" / "fashion-ddim.ckpt"
@@ -65,7 +65,8 @@ BATCHES = (1, 2, 4)  # least, best, most; guidance needs two
 BESIDE = 3 * 2**30  # bytes: libraries, the exporter's own structures, the largest layer in a few forms
 KEY = ("shape", "scheme", "target", "calibrated")  # what rows of the report differ in
 GROUP = 4  # steps that an iteration simulates
-LEARNING = 9  # bytes a parameter that an iteration holds beside the weights: codes, their gradients, activations
+LEARNING = 4  # bytes a parameter that an iteration holds beside the weights: codes and their gradients
+KEPT = 5  # times what layers write that an iteration keeps for the gradient: inputs, quantized ones, attention
 
 
 def one_iteration(
@@ -168,7 +169,10 @@ def needed(name: str, calibrate: bool = False) -> tuple[int, int, int]:
     """Bytes that an export is estimated to hold, those that a compilation is, and those that this machine has free."""
     count = parameters(SHAPES[name]) if name in SHAPES else 0
     free = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable:"))
-    return (LEARNING if calibrate else 1) * count + BESIDE, 4 * count + BESIDE, int(free.split()[1]) * 1024
+    need = count + BESIDE
+    if calibrate and name in SHAPES:
+        need = LEARNING * count + KEPT * activations(SHAPES[name]) + BESIDE
+    return need, 4 * count + BESIDE, int(free.split()[1]) * 1024
 
 
 def in_child(arguments: list[str], what: str, limit_gib: float) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def results_page() -> str:
         ("Steps on a CPU", "cpu*.json", cpu_table),
         ("Convolutions of a concatenation", "split.json", split_table),
         ("Other quantizers beside ours", "yardsticks*.json", yardstick_table),
-        ("Export at real sizes", "export-sizes.json", export_table),
+        ("Export at real sizes", "export-sizes*.json", export_table),
         ("Calibration and export at real sizes", "full-sizes*.json", full_size_table),
         ("An hour of serving", "soak.json", soak_table),
     ):

@@ -168,3 +168,19 @@ def random_network(shape: Shape, folder: Path) -> nn.Module:
         owner, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
     return network
+
+
+def activations(shape: Shape) -> int:
+    """Bytes in float32 that convolutions and linear layers write in one call of one sample; nothing is allocated."""
+    written = [0]
+
+    def count(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+        written[0] += 4 * result.numel()
+
+    with torch.device("meta"):
+        network = shape.make().to("meta")  # position tables are made by numpy
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(count)
+        network(torch.zeros(1, *shape.sample), torch.zeros(1), **{k: v.to("meta") for k, v in shape.condition.items()})
+    return written[0]

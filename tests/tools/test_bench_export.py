@@ -106,3 +106,13 @@ def test_rows_of_another_machine_are_not_kept(bench, tmp_path):
     assert bench.kept_rows(tmp_path / "sizes.json", report) == [{"shape": "sd15"}]
     assert bench.kept_rows(tmp_path / "sizes.json", {**report, "machine": {"cpu": "b"}}) == []
     assert bench.kept_rows(tmp_path / "none.json", report) == []
+
+
+def test_an_iteration_holds_no_more_than_was_estimated(bench):
+    """And no less than a sixth of it; against what was measured and is published."""
+    rows = json.loads((TOOLS / "results" / "full-sizes.json").read_text())["rows"]
+    held = {row["shape"]: row["held_bytes"] for row in rows if "held_bytes" in row}
+    assert {"dit-xl2", "pixart-xl2", "ldm4-imagenet", "sd15"} <= held.keys()
+    for name, measured in held.items():
+        estimated, _, _ = bench.needed(name, calibrate=True)
+        assert measured < estimated < 6 * measured, name
