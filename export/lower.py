@@ -11,8 +11,10 @@ from .passes.correct_bias import correct_bias
 from .passes.group_norm_affine import group_norm_affine
 from .passes.insert_qdq import insert_qdq
 from .passes.linear_as_matmul import linear_as_matmul
+from .passes.narrow_convolutions import narrow_convolutions
 from .passes.quantize_outputs import quantize_outputs
 from .passes.requantize_int4 import requantize_int4
+from .passes.silu_by_exp import silu_by_exp
 from .passes.smooth_inputs import smooth_inputs
 from .passes.split_projections import split_projections
 from .passes.split_shortcuts import split_shortcuts
@@ -23,8 +25,15 @@ from .passes.widen_int4 import widen_int4
 # Rewrites that give the float part the form a target likes and change nothing else; the twin gets them too, so that a
 # speed-up is measured against the best fp graph we know.
 FLOAT_REWRITES: Mapping[TargetName, tuple[Callable[[ir.Model], int], ...]] = {
-    "cpu": (group_norm_affine,),
+    "cpu": (group_norm_affine, silu_by_exp),
     "onnxruntime": (group_norm_affine, linear_as_matmul),
+    "tensorrt": (),
+}
+
+# The same, of layers that are in float: known at the end alone, by weights that are constants.
+FLOAT_LAYER_REWRITES: Mapping[TargetName, tuple[Callable[[ir.Model], int], ...]] = {
+    "cpu": (narrow_convolutions,),
+    "onnxruntime": (),
     "tensorrt": (),
 }
 
@@ -58,6 +67,9 @@ def lower(float_graph: ir.Model, recipe: Recipe, target: TargetName) -> tuple[ir
         rewrite(quantized, recipe)
     insert_qdq(quantized, recipe)
     clip_activations(quantized, recipe)
+    for reform in FLOAT_LAYER_REWRITES[target]:
+        reform(quantized)
+        reform(twin)
     return quantized, twin
 
 

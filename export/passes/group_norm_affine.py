@@ -11,15 +11,22 @@ norm; on small U-Nets that was 45 % of the step. q is taken as ReduceL2(x)^2 / H
 memory, which is 8 % of the reference model's W4A8 step at batch 8. ONNX Runtime's CPU provider has no kernel for the
 operator; this form is as fast there as its definition. TensorRT fuses it as it is.
 
+Means of a concatenation's channels are those of its parts. A U-Net's shortcut was normed on its way down already, so
+that half of what is read for the means on the way up need not be.
+
 Requires: opset 21 GroupNormalization (scale and bias per channel) on 4-D inputs of known channel count and size.
 Ensures: none is left; equal to the operator up to float32 rounding (variance by E[x^2] - E[x]^2).
 """
+
+import math
 
 import numpy as np
 import onnx_ir as ir
 
 from ...runtime.errors import AccuQuantError
 from .insertion import constant, drop_unused, insert_before
+
+Means = dict[ir.Value, tuple[ir.Value, ir.Value]]  # of values met: m and q
 
 
 def group_norm_affine(model: ir.Model) -> int:
@@ -30,19 +37,45 @@ def group_norm_affine(model: ir.Model) -> int:
             node.
     """
     norms = [node for node in model.graph if node.op_type == "GroupNormalization"]
+    means: Means = {}
     for norm in norms:
-        _rewrite(model, norm)
+        _rewrite(model, norm, means)
     return len(norms)
 
 
-def _rewrite(model: ir.Model, norm: ir.Node) -> None:
+def _means(
+    model: ir.Model, norm: ir.Node, x: ir.Value, positions: int, prefix: str, known: Means
+) -> tuple[ir.Value, ir.Value]:
+    """m and q of x, (N, C, 1, 1) each, in front of `norm`; those in `known` of values met before."""
+    if x in known:
+        return known[x]
+
+    def node(op: str, name: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        return insert_before(model, norm, op, inputs, f"{prefix}.{name}", **attributes)
+
+    producer = x.producer()
+    if producer is not None and producer.op_type == "Concat" and producer.attributes.get_int("axis", 0) == 1:
+        parts = [part for part in producer.inputs if part is not None]
+        found = [_means(model, norm, part, positions, f"{prefix}.part{n}", known) for n, part in enumerate(parts)]
+        m = node("Concat", "mean", *(mean for mean, _ in found), axis=1)
+        q = node("Concat", "square_mean", *(square for _, square in found), axis=1)
+    else:
+        root = constant(model, f"{prefix}.root", np.full((), positions**-0.5, np.float32))
+        spatial = constant(model, f"{prefix}.spatial", np.array([2, 3], np.int64))
+        m = node("GlobalAveragePool", "mean", x)
+        rms = node("Mul", "rms", node("ReduceL2", "length", x, spatial, keepdims=1), root)
+        q = node("Mul", "square_mean", rms, rms)
+    known[x] = m, q
+    return m, q
+
+
+def _rewrite(model: ir.Model, norm: ir.Node, means: Means) -> None:
     x, scale, bias = norm.inputs
     if x is None or scale is None or bias is None or scale.const_value is None or bias.const_value is None:
         raise AccuQuantError(f"norm {norm.name}: scale and bias must be constants of the graph")
     size = x.shape[2:] if x.shape is not None and len(x.shape) == 4 else ()
     if not size or not all(isinstance(side, int) for side in size):
         raise AccuQuantError(f"norm {norm.name}: input of shape {x.shape}; (N, C, H, W) of known H and W is expected")
-    root = np.full((), np.prod(size) ** -0.5, np.float32)  # type: ignore[arg-type]
     groups = norm.attributes["num_groups"].as_int()
     eps = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else 1e-5
     gamma, beta = scale.const_value.numpy(), bias.const_value.numpy()
@@ -58,10 +91,7 @@ def _rewrite(model: ir.Model, norm: ir.Node) -> None:
     grouped = fixed("grouped", np.array([0, groups, per_group], np.int64))
     channels = fixed("channels", np.array([0, groups * per_group, 1, 1], np.int64))
     last = fixed("last", np.array([2], np.int64))
-    spatial = fixed("spatial", np.array([2, 3], np.int64))
-    m = node("GlobalAveragePool", "mean", x)
-    rms = node("Mul", "rms", node("ReduceL2", "length", x, spatial, keepdims=1), fixed("root", root))
-    q = node("Mul", "square_mean", rms, rms)
+    m, q = _means(model, norm, x, math.prod(size), prefix, means)  # type: ignore[arg-type]
     mu = node("ReduceMean", "group_mean", node("Reshape", "mean_grouped", m, grouped), last, keepdims=1)
     second = node("ReduceMean", "group_square", node("Reshape", "square_grouped", q, grouped), last, keepdims=1)
     # Rounding may leave a variance of -1e-9 on a constant group.

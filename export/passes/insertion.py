@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-LIKE_THEIR_INPUT = frozenset({"Add", "Clip", "Div", "Mul"})  # in shape and type
+LIKE_THEIR_INPUT = frozenset({"Add", "Clip", "Div", "Exp", "Mul"})  # in shape and type
 OF_ITS_TYPE = frozenset({"Gather", "Reshape", "Unsqueeze"})
 
 
