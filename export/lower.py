@@ -20,12 +20,13 @@ from .passes.split_projections import split_projections
 from .passes.split_shortcuts import split_shortcuts
 from .passes.step_table import step_table
 from .passes.store_weights import store_weights
+from .passes.tokens_channels_last import tokens_channels_last
 from .passes.widen_int4 import widen_int4
 
 # Rewrites that give the float part the form a target likes and change nothing else; the twin gets them too, so that a
 # speed-up is measured against the best fp graph we know.
 FLOAT_REWRITES: Mapping[TargetName, tuple[Callable[[ir.Model], int], ...]] = {
-    "cpu": (group_norm_affine, silu_by_exp),
+    "cpu": (group_norm_affine, silu_by_exp, tokens_channels_last),
     "onnxruntime": (group_norm_affine, linear_as_matmul),
     "tensorrt": (),
 }

@@ -1,8 +1,8 @@
 """Four networks of different make, as bundles: what a CPU is measured on.
 
-Two are the reference models; two have their layouts' real configurations and random weights, since no trained ones are
-free to be had. A checkpoint goes through accuquant-export as a user's would; ranges are searched and nothing is
-learned, so that ours and the peers' have seen the same kind of data.
+Two are the reference models; two have their layouts' real configurations and the random weights that torch begins a
+training with, since no trained ones are free to be had. A checkpoint goes through accuquant-export as a user's would;
+ranges are searched and nothing is learned, so that ours and the peers' have seen the same kind of data.
 """
 
 import subprocess
@@ -18,7 +18,6 @@ from accuquant.calibrate.families.dit_net import DiT, DitConfig
 from accuquant.export.graph import save_graph, trace_float
 from accuquant.runtime.bundle import Bundle
 from accuquant.runtime.errors import AccuQuantError
-from shapes import Shape, random_network
 from torch import nn
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -37,7 +36,8 @@ def _dit(folder: Path) -> Path:
 
 
 def _random(make: Callable[[], nn.Module], path: Path) -> Path:
-    torch.save(random_network(Shape(make, (), {}), path.parent).state_dict(), path)
+    torch.manual_seed(0)
+    torch.save(make().state_dict(), path)
     return path
 
 

@@ -11,6 +11,7 @@ from accuquant.export.lower import lower
 from accuquant.export.passes.group_norm_affine import group_norm_affine
 from accuquant.export.passes.narrow_convolutions import narrow_convolutions
 from accuquant.export.passes.silu_by_exp import silu_by_exp
+from accuquant.export.passes.tokens_channels_last import tokens_channels_last
 from accuquant.runtime.engines import open_engine
 from accuquant.runtime.engines.base import EngineOptions
 
@@ -147,6 +148,53 @@ def test_means_are_read_once_of_a_value_and_of_a_concatenation_by_its_parts(tmp_
     assert [node.inputs[0].name for node in operators("GlobalAveragePool", model)] == ["x", "h"]
     for engine in ("onnxruntime", "openvino"):
         np.testing.assert_allclose(run(model, tmp_path, engine), before, atol=2e-5)
+
+
+# -- pictures to tokens and back --------------------------------------------------------------------------------------
+
+ATTENTION = """
+    q = Conv (x, wq) k = Conv (x, wk) v = Conv (x, wv)
+    cq = Reshape (q, columns) ck = Reshape (k, columns) cv = Reshape (v, columns)
+    rq = Transpose <perm = [0,2,1]> (cq) rv = Transpose <perm = [0,2,1]> (cv)
+    qk = MatMul (rq, ck) p = Softmax <axis = 2> (qk) av = MatMul (p, rv)
+    back = Transpose <perm = [0,2,1]> (av) y = Reshape (back, picture)"""
+
+
+def test_attention_takes_and_gives_pictures_channels_last(tmp_path):
+    proto = ir.to_proto(graph(ATTENTION, dict.fromkeys(("wq", "wk", "wv"), (32, 32, 1, 1))))
+    with_constant(proto, "columns", np.array([-1, 32, SIDE * SIDE]))
+    with_constant(proto, "picture", np.array([-1, 32, SIDE, SIDE]))
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+    before = run(model, tmp_path)
+    assert tokens_channels_last(model) == 4
+    perms = sorted(tuple(node.attributes["perm"].as_ints()) for node in operators("Transpose", model))
+    assert perms == [(0, 2, 1), (0, 2, 3, 1), (0, 2, 3, 1), (0, 2, 3, 1), (0, 3, 1, 2)]  # one swap is left: that of k
+    for engine in ("onnxruntime", "openvino"):
+        np.testing.assert_allclose(run(model, tmp_path, engine), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "c = Reshape (x, columns) r = Relu (c) y = Reshape (r, picture)",  # nobody wants rows
+        "c = Reshape (x, columns) n = Relu (c) r = Transpose <perm = [0,2,1]> (c) "
+        "s = MatMul (n, r) m = MatMul (s, n) y = Reshape (m, picture)",  # Relu reads them too
+        "h = Reshape (x, heads) r = Transpose <perm = [0,2,1]> (h) u = Transpose <perm = [0,2,1]> (r) "
+        "y = Reshape (u, picture)",  # channels are cut as well
+    ],
+)
+def test_other_reshapes_are_as_they_were(body):
+    proto = ir.to_proto(graph(body, {}))
+    for name, sides in (
+        ("columns", (32, SIDE * SIDE)),
+        ("picture", (32, SIDE, SIDE)),
+        ("heads", (16, 2 * SIDE * SIDE)),
+    ):
+        with_constant(proto, name, np.array([-1, *sides]))
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+    before = kinds(model)
+    assert tokens_channels_last(model) == 0
+    assert kinds(model) == before
 
 
 def test_of_a_u_net_on_a_cpu_the_last_layer_is_narrow_in_both_graphs_unless_it_is_quantized(lowered):
