@@ -39,7 +39,7 @@ from .companions import save_companions
 from .facts import left_in_float, operator_facts, versions
 from .graph import save_graph, trace_float
 from .layer_parity import check_layers, layer_parity
-from .lower import LAST_REWRITES, lower
+from .lower import LAST_REWRITES, LAST_REWRITES_OF_TWINS, lower
 from .measure import Comparison, compare_twins
 from .passes.cast_rest import cast_rest
 from .passes.emulate_bfloat16 import emulate_bfloat16
@@ -135,6 +135,8 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
         # digits.
         for rewrite in LAST_REWRITES[request.scheme.target]:
             rewrite(quantized, recipe)
+        for rewrite in LAST_REWRITES_OF_TWINS[request.scheme.target]:
+            rewrite(twin, recipe)
         looked_up = 0
         if request.time_table:
             looked_up = sum(time_table(graph, [step.timestep for step in plan.steps]) for graph in (quantized, twin))

@@ -55,11 +55,16 @@ class Operand:
     @property
     def output_axis(self) -> int:
         """The axis of the operator's weight along which output channels lie."""
-        if self.operator.op_type == "MatMul":
-            return 1
-        if self.operator.op_type == "Gemm":
-            return 0 if self.operator.attributes.get_int("transB", 0) else 1
-        return 0
+        return output_axis(self.operator)
+
+
+def output_axis(operator: ir.Node) -> int:
+    """The axis of an operator's weight along which output channels lie."""
+    if operator.op_type == "MatMul":
+        return 1
+    if operator.op_type == "Gemm":
+        return 0 if operator.attributes.get_int("transB", 0) else 1
+    return 0
 
 
 def operand(node: ir.Node, index: int) -> Operand | None:

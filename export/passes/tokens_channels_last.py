@@ -8,8 +8,8 @@ picture lies channels-last; the Reshapes of the left side force it into channels
 tokens by rows, then moves it back.
 
 Requires: C, H and W known; quantizers not inserted yet.
-Ensures: the same numbers in the same places for every reader. A Reshape whose result is not swapped or multiplied
-afterwards, or before, is as it was.
+Ensures: the same numbers in the same places for every reader. A Reshape of what is no convolution's result, or that is
+read by others than swaps and products, is as it was.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def tokens_channels_last(model: ir.Model) -> int:
 def _to_tokens(model: ir.Model, node: ir.Node) -> bool:
     x, tokens = node.inputs[0], node.outputs[0]
     sides = _picture(x)
-    if x is None or sides is None or _known(tokens) != (sides[0], sides[1] * sides[2]):
+    if not _is_convolved(x) or x is None or sides is None or _known(tokens) != (sides[0], sides[1] * sides[2]):
         return False
     readers = list(tokens.uses())
     swaps = [use for use in readers if _swaps(use.node)]
@@ -81,6 +81,12 @@ def _known(value: ir.Value | None) -> tuple[int, ...] | None:
 def _picture(value: ir.Value | None) -> tuple[int, int, int] | None:
     sides = _known(value)
     return sides if sides is not None and len(sides) == 3 else None
+
+
+def _is_convolved(value: ir.Value | None) -> bool:
+    """Is it a picture indeed, and not tokens in heads?"""
+    producer = value.producer() if value is not None else None
+    return producer is not None and producer.op_type == "Conv"
 
 
 def _swaps(node: ir.Node) -> bool:

@@ -176,15 +176,17 @@ def test_attention_takes_and_gives_pictures_channels_last(tmp_path):
 @pytest.mark.parametrize(
     "body",
     [
-        "c = Reshape (x, columns) r = Relu (c) y = Reshape (r, picture)",  # nobody wants rows
-        "c = Reshape (x, columns) n = Relu (c) r = Transpose <perm = [0,2,1]> (c) "
+        "v = Conv (x, w) c = Reshape (v, columns) r = Relu (c) y = Reshape (r, picture)",  # nobody wants rows
+        "c = Reshape (x, columns) r = Transpose <perm = [0,2,1]> (c) m = MatMul (c, r) n = MatMul (m, c) "
+        "y = Reshape (n, picture)",  # what heads are joined by looks like it
+        "v = Conv (x, w) c = Reshape (v, columns) n = Relu (c) r = Transpose <perm = [0,2,1]> (c) "
         "s = MatMul (n, r) m = MatMul (s, n) y = Reshape (m, picture)",  # Relu reads them too
-        "h = Reshape (x, heads) r = Transpose <perm = [0,2,1]> (h) u = Transpose <perm = [0,2,1]> (r) "
+        "v = Conv (x, w) h = Reshape (v, heads) r = Transpose <perm = [0,2,1]> (h) u = Transpose <perm = [0,2,1]> (r) "
         "y = Reshape (u, picture)",  # channels are cut as well
     ],
 )
 def test_other_reshapes_are_as_they_were(body):
-    proto = ir.to_proto(graph(body, {}))
+    proto = ir.to_proto(graph(body, {"w": (32, 32, 1, 1)}))
     for name, sides in (
         ("columns", (32, SIDE * SIDE)),
         ("picture", (32, SIDE, SIDE)),
