@@ -1,14 +1,16 @@
-"""Load on the HTTP front end of a bundle: what it carries, what it refuses, how long people wait, and its memory.
+"""Load on a front end of a bundle: what it carries, what it refuses, how long people wait, and its memory.
 
     python tools/bench_serving.py fashion-w8a8 --seconds 30 --out tools/results/serving.json
+    ACCUQUANT_TRITON=PYTHON python tools/bench_serving.py fashion-w8a8 --front triton
 
-Starts `accuquant-serve http BUNDLE` on the loopback and asks it for single pictures. First in a closed loop: as many
-clients as fill two batches ask again as soon as they are answered, or as a refusal allows; its throughput is called
-capacity. Then in open loops: requests arrive at random (Poisson) at 0.5, 1 and 2 times that rate, whether or not others
-are answered. Latency counts from the moment a request was due. It must hold, or the exit code is 1, that every request
-was answered; that those which got no picture were refused with 429 and told when to come again; and that the slowest
-hundredth of the accepted was within the deadline. The load's own process shares the machine, and so does whatever else
-runs: the load average stands in the JSON.
+Starts `accuquant-serve http BUNDLE`, or Triton with what `accuquant-serve triton` writes, on the loopback and asks it
+for single pictures. First in a closed loop: as many clients as fill two batches ask again as soon as they are answered,
+or as a refusal allows; its throughput is called capacity. Then in open loops: requests arrive at random (Poisson) at
+0.5, 1 and 2 times that rate, whether or not others are answered. Latency counts from the moment a request was due. It
+must hold, or the exit code is 1, that every request was answered; that those which got no picture were refused as the
+front end promises (front_http.py, front_triton.py); and that the slowest hundredth of the accepted was within the
+deadline. The load's own process shares the machine, and so does whatever else runs: the load average stands in the
+JSON.
 
     python tools/bench_serving.py fashion-w8a8 --soak 3600 --out soak.json
 
@@ -20,28 +22,25 @@ import asyncio
 import json
 import os
 import random
-import re
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
 
+import front_http
 import numpy as np
 import typer
 from accuquant.runtime.bundle import Bundle
 from accuquant.runtime.console import command, console, machine_facts
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.files import write_text
+from front import Answer, Front
 from rich.table import Table
 
-SERVE = "import sys; sys.argv[0] = 'accuquant-serve'; from accuquant.runtime.cli_serve import main; main()"
-MARGIN = 10.0  # seconds after the deadline at which an answer counts as lost
 WARMING = 0.2  # the share of a soak in which memory may grow
 RISES = 16.0  # MiB over a soak that its line may rise, and three standard errors of it
 POINTS = 600  # of memory, at most, in the JSON
@@ -49,86 +48,46 @@ POINTS = 600  # of memory, at most, in the JSON
 
 @dataclass
 class Tally:
-    """What became of the requests of one phase. `status` 0: the connection broke or no answer came."""
+    """What became of the requests of one phase, and how long it took."""
 
-    statuses: Counter[int] = field(default_factory=Counter)
+    statuses: Counter[str] = field(default_factory=Counter)
     accepted: list[float] = field(default_factory=list)
     refused: list[float] = field(default_factory=list)
-    untold: int = 0  # refusals without Retry-After
+    failed: Counter[str] = field(default_factory=Counter)
 
-    def add(self, status: int, seconds: float, told: float | None) -> None:
-        self.statuses[status] += 1
-        if status == 200:
+    def add(self, answer: Answer, seconds: float) -> None:
+        self.statuses[answer.said] += 1
+        if answer.outcome == "picture":
             self.accepted.append(seconds)
-        elif status == 429:
+        elif answer.outcome == "refused":
             self.refused.append(seconds)
-            self.untold += told is None
+        else:
+            self.failed[answer.said] += 1
 
 
-@dataclass(frozen=True)
-class Target:
-    host: str
-    port: int
-    deadline: float
-
-    async def _exchange(self, head: str, body: bytes) -> bytes:
-        reader, writer = await asyncio.open_connection(self.host, self.port)
-        try:
-            writer.write(head.encode() + body)
-            return await reader.read()
-        finally:
-            writer.close()
-
-    async def picture(self, seed: int) -> tuple[int, float | None]:
-        """Status of a request for one picture, and in how many seconds to come again, if that is said."""
-        body = json.dumps({"seed": seed}).encode()
-        head = (
-            f"POST /v1/images/generations HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        try:
-            async with asyncio.timeout(self.deadline + MARGIN):
-                answer = await self._exchange(head, body)
-        except (OSError, TimeoutError):
-            return 0, None
-        top, _, content = answer.partition(b"\r\n\r\n")
-        status = int(top.split()[1]) if top.startswith(b"HTTP/1.1 ") else 0
-        if status == 200 and not (content.startswith(b"{") and content.endswith(b"}")):
-            return 0, None
-        told = re.search(rb"\r\nretry-after: (\d+)", top.lower())
-        return status, float(told[1]) if told else None
-
-    async def memory(self) -> float:
-        """Resident bytes of the server, by its own account."""
-        head = f"GET /metrics HTTP/1.1\r\nHost: {self.host}\r\nConnection: close\r\n\r\n"
-        text = (await self._exchange(head, b"")).decode()
-        found = re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE)
-        return float(found[1]) if found else 0.0
-
-
-async def closed_loop(target: Target, clients: int, seconds: float) -> Tally:
+async def closed_loop(front: Front, clients: int, seconds: float) -> Tally:
     """Every client asks again as soon as it has its picture, or after as long as a refusal says."""
     tally, end, seeds = Tally(), time.monotonic() + seconds, iter(range(10**9))
 
     async def client() -> None:
         while time.monotonic() < end:
             begun = time.monotonic()
-            status, told = await target.picture(next(seeds))
-            tally.add(status, time.monotonic() - begun, told)
-            if status != 200:
-                await asyncio.sleep(told or 1.0)
+            answer = await front.picture(next(seeds))
+            tally.add(answer, time.monotonic() - begun)
+            if answer.outcome != "picture":
+                await asyncio.sleep(answer.again or 1.0)
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return tally
 
 
-async def open_loop(target: Target, rate: float, seconds: float, seed: int) -> Tally:
+async def open_loop(front: Front, rate: float, seconds: float, seed: int) -> Tally:
     """Requests arrive at random, `rate` a second on average; returns when the last is answered."""
     tally, draw, begun = Tally(), random.Random(seed), time.monotonic()
 
     async def one(due: float, number: int) -> None:
-        status, told = await target.picture(number)
-        tally.add(status, time.monotonic() - due, told)
+        answer = await front.picture(number)
+        tally.add(answer, time.monotonic() - due)
 
     due, asked = begun, []
     while (due := due + draw.expovariate(rate)) < begun + seconds:
@@ -139,14 +98,14 @@ async def open_loop(target: Target, rate: float, seconds: float, seed: int) -> T
 
 
 @asynccontextmanager
-async def watched(target: Target) -> AsyncIterator[list[tuple[float, float]]]:
+async def watched(front: Front) -> AsyncIterator[list[tuple[float, float]]]:
     """Seconds and the server's memory in MiB, once a second while the block runs."""
     seen: list[tuple[float, float]] = []
     begun = time.monotonic()
 
     async def watch() -> None:
         while True:
-            used = await target.memory()
+            used = await front.memory()
             seen.append((time.monotonic() - begun, used / 2**20))
             await asyncio.sleep(1.0)
 
@@ -157,11 +116,9 @@ async def watched(target: Target) -> AsyncIterator[list[tuple[float, float]]]:
         watching.cancel()
 
 
-async def phase(
-    name: str, target: Target, load: Callable[[], Awaitable[Tally]], offered: float | None
-) -> dict[str, Any]:
+async def phase(name: str, front: Front, load: Callable[[], Awaitable[Tally]], offered: float | None) -> dict[str, Any]:
     begun = time.monotonic()
-    async with watched(target) as memory:
+    async with watched(front) as memory:
         tally = await load()
     lasted = time.monotonic() - begun
     return {
@@ -169,11 +126,11 @@ async def phase(
         "offered_per_second": offered,
         "lasted_seconds": lasted,
         "requests": sum(tally.statuses.values()),
-        "statuses": {str(status): count for status, count in sorted(tally.statuses.items())},
+        "statuses": dict(sorted(tally.statuses.items())),
         "pictures_per_second": len(tally.accepted) / lasted,
         "accepted_seconds": percentiles(tally.accepted),
         "refused_seconds": percentiles(tally.refused),
-        "refusals_without_retry_after": tally.untold,
+        "failures": dict(tally.failed),
         "memory_mib": [round(mib, 1) for _, mib in memory[:: 1 + len(memory) // POINTS]],
         "memory_line": line(memory),
         "load_average": os.getloadavg()[0],
@@ -207,11 +164,8 @@ def faults(results: list[dict[str, Any]], deadline: float) -> list[str]:
     """What did not hold, in words; empty if all did."""
     found = []
     for result in results:
-        strange = {status: count for status, count in result["statuses"].items() if status not in ("200", "429")}
-        if strange:
-            found.append(f"{result['phase']}: answers other than a picture or 429: {strange} (0: none at all)")
-        if result["refusals_without_retry_after"]:
-            found.append(f"{result['phase']}: refusals do not say when to come again")
+        if result["failures"]:
+            found.append(f"{result['phase']}: answers other than a picture or a proper refusal: {result['failures']}")
         if result["accepted_seconds"].get("p99", 0.0) > deadline:
             found.append(f"{result['phase']}: p99 of the accepted is beyond the deadline of {deadline:g} s")
         fitted = result.get("memory_line", {})
@@ -222,41 +176,35 @@ def faults(results: list[dict[str, Any]], deadline: float) -> list[str]:
     return found
 
 
-def started(arguments: list[str]) -> tuple[subprocess.Popen[str], str, int]:
-    """The server's process, once it listens, with host and port."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, "http", *arguments, "--port", "0"], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if found := re.search(r"listening on http://(\S+):(\d+) ", line):
-            return process, found[1], int(found[2])
-    raise AccuQuantError(f"the server did not start: {''.join(said)[-500:]}")
-
-
-async def soak(target: Target, batch: int, seconds: float) -> list[dict[str, Any]]:
+async def soak(front: Front, batch: int, seconds: float) -> list[dict[str, Any]]:
     clients = 2 * batch
-    return [await phase(f"soak, {clients} clients", target, lambda: closed_loop(target, clients, seconds), None)]
+    return [await phase(f"soak, {clients} clients", front, lambda: closed_loop(front, clients, seconds), None)]
 
 
-async def measure(target: Target, batch: int, seconds: float, factors: list[float]) -> list[dict[str, Any]]:
+async def measure(front: Front, batch: int, seconds: float, factors: list[float]) -> list[dict[str, Any]]:
     clients = 2 * batch
-    results = [await phase(f"closed, {clients} clients", target, lambda: closed_loop(target, clients, seconds), None)]
+    results = [await phase(f"closed, {clients} clients", front, lambda: closed_loop(front, clients, seconds), None)]
     capacity = results[0]["pictures_per_second"]
     if not capacity:
         raise AccuQuantError(f"nothing was painted in {seconds:g} s ({results[0]['statuses']}); give more --seconds")
     for number, factor in enumerate(factors):
         rate = factor * capacity
-        load = lambda rate=rate, number=number: open_loop(target, rate, seconds, number)  # noqa: E731
-        results.append(await phase(f"open, {factor:g} x capacity", target, load, rate))
+        load = lambda rate=rate, number=number: open_loop(front, rate, seconds, number)  # noqa: E731
+        results.append(await phase(f"open, {factor:g} x capacity", front, load, rate))
     return results
+
+
+def started(front: str, bundle: Path, folder: Path, settings: dict[str, Any]) -> Front:
+    if front == "http":
+        return front_http.start(bundle, **settings)
+    import front_triton  # needs psutil, which those who serve over HTTP alone may lack
+
+    return front_triton.start(bundle, folder, **settings)
 
 
 def bench(
     bundle: Annotated[Path, typer.Argument(help="Folder written by accuquant-export.")],
+    front: Annotated[Literal["http", "triton"], typer.Option(help="Which front end.")] = "http",
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("serving.json"),
     seconds: Annotated[float, typer.Option(min=1, help="Of every phase.")] = 30.0,
     soaked: Annotated[float, typer.Option("--soak", min=0, help="Seconds of one closed loop; 0: the phases.")] = 0.0,
@@ -267,28 +215,26 @@ def bench(
     threads: Annotated[int, typer.Option(min=0, help="Of the engine; 0: all cores.")] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Measure the HTTP front end under load. Exit code 1 if a request was lost or refused without a word."""
+    """Measure a front end under load. Exit code 1 if a request was lost or refused without a word."""
     manifest = Bundle(bundle).manifest
     settings = {"batch": batch, "queue": queue, "deadline": deadline, "threads": threads}
-    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    process, host, port = started([str(bundle), *options])
-    try:
-        target, times = Target(host, port, deadline), [float(part) for part in factors.split(",")]
-        load = soak(target, batch, soaked) if soaked else measure(target, batch, seconds, times)
-        results = asyncio.run(load)
-    finally:
-        process.terminate()
-        stopped = process.wait(60)
+    times = [float(part) for part in factors.split(",")]
+    with TemporaryDirectory(prefix="accuquant-load-") as folder:
+        server = started(front, bundle, Path(folder), settings)
+        try:
+            load = soak(server, batch, soaked) if soaked else measure(server, batch, seconds, times)
+            results = asyncio.run(load)
+        finally:
+            stopped = server.stop()
     wrong = faults(results, deadline) + ([] if stopped == 0 else [f"SIGTERM ended it with {stopped}"])
-    versions = {name: metadata.version(name) for name in ("fastapi", "uvicorn", "openvino")}
     report = {
-        "schema_version": 1, "machine": machine_facts(), "versions": versions,
+        "schema_version": 2, "machine": machine_facts(), "versions": server.versions, "front": front,
         "bundle": {"name": bundle.resolve().name, "scheme": manifest.scheme, "sampler": manifest.sampler},
         "settings": settings | {"seconds": soaked or seconds}, "results": results, "faults": wrong,
     }  # fmt: skip
     write_text(out, json.dumps(report, indent=1) + "\n")
     console.print(_table(results))
-    for sentence in wrong or ["every request was answered: with a picture, or with 429 and when to come again"]:
+    for sentence in wrong or ["every request was answered: with a picture, or refused as it should be"]:
         console.print(sentence)
     if wrong:
         raise typer.Exit(1)
@@ -301,7 +247,7 @@ def _table(results: list[dict[str, Any]]) -> Table:
     for r in results:
         waits = [f"{r['accepted_seconds'].get(q, float('nan')):.2f} s" for q in ("p50", "p95", "p99")]
         memory = f"{r['memory_mib'][0]:.0f} to {r['memory_mib'][-1]:.0f} MiB" if r["memory_mib"] else "-"
-        refused = str(r["statuses"].get("429", 0))
+        refused = str(r["refused_seconds"]["n"])
         rises = f"{r['memory_line'].get('mib_per_hour', float('nan')):.1f} MiB/h"
         table.add_row(r["phase"], str(r["requests"]), f"{r['pictures_per_second']:.2f}", refused, *waits, memory, rises)
     return table

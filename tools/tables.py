@@ -251,7 +251,7 @@ def emoji_results(report: dict[str, Any]) -> str:
 
 
 def soak_table(report: dict[str, Any]) -> str:
-    """One closed loop over hours against the HTTP server, as markdown."""
+    """One closed loop over hours against a server, as markdown."""
     lines = [
         "| | requests | answered | pictures/s | p50 | p95 | p99 | memory | rises |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -264,9 +264,9 @@ def soak_table(report: dict[str, Any]) -> str:
             f"| {row['pictures_per_second']:.2f} | {took['p50']:.2f} s | {took['p95']:.2f} s | {took['p99']:.2f} s "
             f"| {memory[0]:.0f} to {memory[-1]:.0f} MiB | {line['mib_per_hour']:.2f} MiB/h |"
         )
-    bundle, settings = report["bundle"], report["settings"]
+    bundle, settings, front = report["bundle"], report["settings"], report.get("front", "http")
     caption = (
-        f"{bundle['name']} ({bundle['scheme']}) behind accuquant-serve http, batch {settings['batch']}, "
+        f"{bundle['name']} ({bundle['scheme']}) behind accuquant-serve {front}, batch {settings['batch']}, "
         f"{settings['threads'] or 'all'} threads; load average {report['results'][0]['load_average']:.1f}, "
         f"other work ran beside it. The line of memory leaves the first fifth out. {machine(report['machine'])}."
     )

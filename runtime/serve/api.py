@@ -13,6 +13,8 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .together import LONGEST_PROMPT
+
 Format = Literal["png", "jpeg", "webp"]
 MOST_PARTIAL = 50  # previews of a picture
 
@@ -43,7 +45,7 @@ class GenerateRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    prompt: str = Field("", max_length=4000)
+    prompt: str = Field("", max_length=LONGEST_PROMPT)
     model: str | None = None
     n: int = Field(1, ge=1)
     size: str = "auto"
@@ -56,7 +58,7 @@ class GenerateRequest(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**64)
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    negative_prompt: str = Field("", max_length=4000)
+    negative_prompt: str = Field("", max_length=LONGEST_PROMPT)
     deadline: float | None = Field(None, gt=0)  # seconds; the server's own is the most
     quality: str | None = None  # from here on: without effect
     style: str | None = None

@@ -15,9 +15,9 @@ from .api import ApiError
 
 
 class TimelyProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, with `seconds` for every head: 408 for who began one, no word for who never did."""
+    """uvicorn's HTTP/1.1, with `sending_seconds` for a head: 408 for who began one, no word for who never did."""
 
-    seconds: float
+    sending_seconds: float
     _late: asyncio.TimerHandle | None = None
     _begun = False
 
@@ -46,7 +46,7 @@ class TimelyProtocol(H11Protocol):
         return self.conn.their_state is h11.IDLE
 
     def _await_head(self) -> None:
-        self._late = self.loop.call_later(self.seconds, self._close)
+        self._late = self.loop.call_later(self.sending_seconds, self._close)
 
     def _head_is_done(self) -> None:
         if self._late is not None:
@@ -57,7 +57,7 @@ class TimelyProtocol(H11Protocol):
         if self.transport.is_closing():
             return
         if self._begun:
-            late = ApiError(408, f"the head did not arrive within {self.seconds:g} s", code="head_timeout")
+            late = ApiError(408, f"the head did not arrive within {self.sending_seconds:g} s", code="head_timeout")
             body = json.dumps(late.body).encode()
             headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
             for event in (
@@ -67,8 +67,3 @@ class TimelyProtocol(H11Protocol):
             ):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
-
-
-def within(seconds: float) -> type[TimelyProtocol]:
-    """The protocol that gives heads so long, as uvicorn takes it: a class."""
-    return type("TimelyProtocol", (TimelyProtocol,), {"seconds": seconds})

@@ -28,6 +28,9 @@ Deadline = Annotated[float, typer.Option(min=0.1, help="Most seconds that a requ
 Sending = Annotated[
     float, typer.Option(min=0.1, help="Most seconds that a request's head may take to arrive, and as many its body.")
 ]
+Reading = Annotated[
+    float, typer.Option(min=0.1, help="Most seconds that an answer, or an event of a stream, may wait to be read.")
+]
 MostPictures = Annotated[int, typer.Option(min=1, help="Most pictures of one request.")]
 
 
@@ -45,6 +48,7 @@ def http(
     queue: Queue = 64,
     deadline: Deadline = 60.0,
     sending: Sending = 10.0,
+    reading: Reading = 60.0,
     max_n: MostPictures = 10,
     max_body: Annotated[int, typer.Option(min=1, help="Most KiB of a request's body.")] = 64,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
@@ -62,8 +66,9 @@ def http(
     ]
     key = os.environ.get(API_KEY) or None
     limits = Limits(
-        waiting=queue, deadline=deadline, pictures=max_n, body_bytes=max_body * 2**10, sending_seconds=sending
-    )
+        waiting=queue, deadline=deadline, pictures=max_n, body_bytes=max_body * 2**10,
+        sending_seconds=sending, reading_seconds=reading,
+    )  # fmt: skip
 
     def listening(address: str) -> None:
         for painter in opened:

@@ -13,7 +13,8 @@ import uvicorn
 
 from ..errors import AccuQuantError
 from .app import application
-from .arrival import within
+from .arrival import TimelyProtocol
+from .departure import ReadProtocol
 from .server import Server
 
 LAST_BYTES = 10  # seconds that slow readers have to take their answers, once everything is painted
@@ -50,10 +51,15 @@ async def serve(
     server: Server, listener: socket.socket, api_key: str | None, listening: Callable[[str], None], told: asyncio.Event
 ) -> None:
     """Serve on `listener` until `told` is set, then drain and return."""
+
+    class Http(TimelyProtocol, ReadProtocol):  # uvicorn takes a class, without arguments of ours
+        sending_seconds, reading_seconds = server.limits.sending_seconds, server.limits.reading_seconds
+        on_unread = server.metrics.unread.inc
+
     await server.warm_up()
     config = uvicorn.Config(
-        application(server, api_key), http=within(server.limits.sending_seconds), log_level="warning",
-        access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=LAST_BYTES,
+        application(server, api_key), http=Http, log_level="warning", access_log=False, server_header=False,
+        lifespan="off", timeout_graceful_shutdown=LAST_BYTES,
     )  # fmt: skip
     http = _Uvicorn(config)
     serving, waiting = asyncio.create_task(http.serve(sockets=[listener])), asyncio.create_task(told.wait())

@@ -21,6 +21,9 @@ class Metrics:
         self.disconnects = Counter(
             "accuquant_disconnects", "Requests whose sender left before the answer", registry=here
         )
+        self.unread = Counter(
+            "accuquant_unread", "Connections cut off because nobody read what was sent", registry=here
+        )
         self.latency = Histogram(
             "accuquant_request_seconds", "From a request to its pictures", ["model"], buckets=SECONDS, registry=here
         )

@@ -20,7 +20,8 @@ RANDOM_BITS = 53  # of seeds that nobody chose: JavaScript reads larger ones wro
 class Limits:
     """What one server bears: pictures waiting for each engine, seconds and pictures of a request, its body.
 
-    `sending_seconds` is how long the head of a request may take to arrive, and its body as long again.
+    `sending_seconds` is how long the head of a request may take to arrive, and its body as long again;
+    `reading_seconds`, how long an answer, or an event of a stream, may wait to be read.
     """
 
     waiting: int = 64
@@ -28,6 +29,7 @@ class Limits:
     pictures: int = 10
     body_bytes: int = 64 * 2**10
     sending_seconds: float = 10.0
+    reading_seconds: float = 60.0
     kept_bytes: int = 64 * 2**20
     kept_seconds: float = 600.0
     addresses: bool = True  # of pictures, beside b64_json

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..pipeline import Pipeline
 
+LONGEST_PROMPT = 4000  # characters; a batch waits while the prompts of one of its requests become tokens
 Wishes = Mapping[str, Sequence[Any]]  # arguments of Pipeline.generate, a value for every picture; "seeds" always
 
 

@@ -6,6 +6,7 @@ that cannot be fulfilled is found by painting every request alone, and its neigh
 
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -16,10 +17,11 @@ import triton_python_backend_utils as pb
 
 from ..errors import AccuQuantError
 from ..pipeline import Pipeline
-from .together import merged
+from .together import LONGEST_PROMPT, merged
 
 OPTIONAL = {"class": "classes", "prompt": "prompts", "negative_prompt": "unwanted", "guidance": "guidance"}
 STEPS = "steps"
+WATCH = 1.0  # seconds
 Send = Callable[[int, np.ndarray, int], None]  # to which request, its pictures, steps done
 
 
@@ -40,6 +42,8 @@ class TritonPythonModel:
             threads=int(settings["threads"]),
             guidance=None if guidance is None else float(guidance),
         )
+        self._over = threading.Event()
+        threading.Thread(target=_end_with, args=(os.getppid(), self._over), daemon=True).start()
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
         if not self._previews:
@@ -57,6 +61,7 @@ class TritonPythonModel:
         return None
 
     def finalize(self) -> None:
+        self._over.set()
         self._pipeline.close()
 
     def _answer(self, requests: Sequence[Any], send: Send, fail: Callable[[int, Any], None]) -> None:
@@ -96,6 +101,13 @@ class TritonPythonModel:
             send(k, pictures[row], len(plan))
 
 
+def _end_with(server: int, over: threading.Event) -> None:
+    """End this process with the server's: a killed one never says whether a request was cancelled, and we'd wait."""
+    while not over.wait(WATCH):
+        if os.getppid() != server:
+            os._exit(1)
+
+
 def _wishes(request: Any, steps: int) -> dict[str, list[Any]]:
     """A request's rows, under the names of `generate`'s arguments; `steps` is what the bundle's plan takes."""
     if (given := pb.get_input_tensor_by_name(request, STEPS)) is not None:
@@ -104,18 +116,27 @@ def _wishes(request: Any, steps: int) -> dict[str, list[Any]]:
             raise AccuQuantError(
                 f"{wrong[0]} steps; the bundle was calibrated for {steps}: export another one with --steps"
             )
-    seeds = pb.get_input_tensor_by_name(request, "seed").as_numpy().ravel()
-    found: dict[str, list[Any]] = {"seeds": [int(seed) for seed in seeds]}
+    seeds = pb.get_input_tensor_by_name(request, "seed")
+    if seeds is None:  # where some inputs are optional, Triton counts them and does not look which they are
+        raise AccuQuantError("the request has no seed; send one for every picture, uint64 of shape (pictures, 1)")
+    found: dict[str, list[Any]] = {"seeds": [int(seed) for seed in seeds.as_numpy().ravel()]}
     for tensor, argument in OPTIONAL.items():
         given = pb.get_input_tensor_by_name(request, tensor)
         if given is None:
             continue
         values = given.as_numpy().ravel().tolist()
-        try:
-            found[argument] = [value.decode() if isinstance(value, bytes) else value for value in values]
-        except UnicodeDecodeError:
-            raise AccuQuantError(f"{tensor} is not UTF-8 text; encode it as such") from None
+        found[argument] = [_text(tensor, value) if isinstance(value, bytes) else value for value in values]
     return found
+
+
+def _text(tensor: str, value: bytes) -> str:
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        raise AccuQuantError(f"{tensor} is not UTF-8 text; encode it as such") from None
+    if len(text) > LONGEST_PROMPT:
+        raise AccuQuantError(f"{tensor} has {len(text)} characters; at most {LONGEST_PROMPT}: shorten it")
+    return text
 
 
 def _response(pictures: np.ndarray, step: int | None = None) -> Any:

@@ -6,82 +6,25 @@ The environment needs nvidia-pytriton (for the server's binaries), tritonclient[
 """
 
 import json
-import os
 import queue
-import shutil
-import socket
-import subprocess
 import sys
-import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import numpy as np
-import pytriton
 import tritonclient.grpc as over_grpc
 import tritonclient.http as over_http
 from accuquant.runtime import Bundle, Pipeline
 from accuquant.runtime.serve.triton import Serving, write_repository
 
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
+from triton_server import started
+
 BATCH, PREVIEWS = 4, 2
 PATIENCE = 600  # seconds
-HERE = "127.0.0.1"
 KINDS = {"seed": (np.uint64, "UINT64"), "class": (np.int64, "INT64"), "guidance": (np.float32, "FP32")}
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind((HERE, 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-@contextmanager
-def server(folder, repository):
-    """Yields the addresses of HTTP and gRPC."""
-    package = Path(pytriton.__file__).resolve().parent
-    triton, backend = package / "tritonserver", folder / "backends" / "python"
-    backend.mkdir(parents=True)
-    for file in ("libtriton_python.so", "triton_python_backend_utils.py"):
-        shutil.copy(triton / "backends" / "python" / file, backend)
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    shutil.copy(triton / "python_backend_stubs" / version / "triton_python_backend_stub", backend)
-    libraries = [sysconfig.get_config_var("LIBDIR"), str(package.parent / "nvidia_pytriton.libs")]
-    # The server's Python is the first one on the path, and takes packages from where it is told.
-    search = {
-        "LD_LIBRARY_PATH": ":".join(libraries),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": ":".join(filter(None, [*os.environ.get("PYTHONPATH", "").split(":"), str(package.parent)])),
-    }
-    http, grpc, metrics = free_ports(3)
-    options = {
-        "model-repository": repository, "backend-directory": folder / "backends", "model-control-mode": "explicit",
-        "load-model": "*", "http-address": HERE, "grpc-address": HERE, "metrics-address": HERE,
-        "http-port": http, "grpc-port": grpc, "metrics-port": metrics,
-    }  # fmt: skip
-    log = folder / "server.log"
-    with log.open("w") as written:
-        process = subprocess.Popen(
-            [triton / "bin" / "tritonserver", *(f"--{name}={value}" for name, value in options.items())],
-            stdout=written, stderr=subprocess.STDOUT, env=os.environ | search,
-        )  # fmt: skip
-        try:
-            for _ in range(300):
-                time.sleep(1)
-                if process.poll() is not None:
-                    sys.exit(f"the server ended: {log.read_text()[-4000:]}")
-                if "Started HTTPService" in log.read_text():
-                    break
-            yield f"{HERE}:{http}", f"{HERE}:{grpc}"
-        finally:
-            process.terminate()
-            process.wait(60)
 
 
 def inputs(library, **wishes):
@@ -234,7 +177,9 @@ def main():
     for name, bundle in bundles.items():
         few = 0 if name == "classes" else PREVIEWS
         write_repository(bundle, folder / "repository", Serving(name, BATCH, threads=1, previews=few))
-    with server(folder, folder / "repository") as (http, grpc):
+    server = started(sys.executable, folder, folder / "repository")
+    http, grpc = server.http, server.grpc
+    try:
         print(json.dumps({
             "over_both": over_both(http, grpc, bundles["plain"]),
             "strangers": strangers(http, bundles["text"]),
@@ -242,6 +187,8 @@ def main():
             "previews": previews(http, grpc, bundles["plain"]),
             "reload": reload_under_load(http, grpc, folder, bundles["plain"]),
         }))  # fmt: skip
+    finally:
+        server.stop()
 
 
 if __name__ == "__main__":

@@ -191,6 +191,19 @@ def test_other_steps_than_the_bundles_are_refused_in_words(loaded, backend, tiny
     assert f"{steps + 1} steps; the bundle was calibrated for {steps}" in wrong.error.message
 
 
+def test_what_lacks_a_seed_or_says_too_much_is_refused_in_words_and_no_neighbour_is(loaded, backend, text_bundle):
+    requests = [
+        backend.Request(prompt=[b"red apple"]),
+        backend.Request(seed=[1], prompt=[b"red " * 1001]),
+        backend.Request(seed=[1], prompt=[b"red apple"]),
+    ]
+    seedless, long, right = loaded(text_bundle).execute(requests)
+    assert (seedless.error.code, long.error.code) == ("invalid", "invalid")
+    assert "the request has no seed; send one for every picture" in seedless.error.message
+    assert "prompt has 4004 characters; at most 4000" in long.error.message
+    np.testing.assert_array_equal(right.outputs["picture"], alone(text_bundle, [1], prompts=["red apple"]))
+
+
 @pytest.mark.parametrize("previews", [0, 2])
 def test_an_engine_that_fails_for_one_fails_for_no_other(loaded, backend, tiny_bundle, monkeypatch, previews):
     """And what it said of this machine stays in the log."""
