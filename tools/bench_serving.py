@@ -213,6 +213,7 @@ def bench(
     queue: Annotated[int, typer.Option(min=1)] = 16,
     deadline: Annotated[float, typer.Option(min=0.1)] = 30.0,
     threads: Annotated[int, typer.Option(min=0, help="Of the engine; 0: all cores.")] = 0,
+    note: Annotated[str, typer.Option(help="What a reader of the numbers should know, such as other work.")] = "",
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Measure a front end under load. Exit code 1 if a request was lost or refused without a word."""
@@ -230,7 +231,7 @@ def bench(
     report = {
         "schema_version": 2, "machine": machine_facts(), "versions": server.versions, "front": front,
         "bundle": {"name": bundle.resolve().name, "scheme": manifest.scheme, "sampler": manifest.sampler},
-        "settings": settings | {"seconds": soaked or seconds}, "results": results, "faults": wrong,
+        "settings": settings | {"seconds": soaked or seconds}, "note": note, "results": results, "faults": wrong,
     }  # fmt: skip
     write_text(out, json.dumps(report, indent=1) + "\n")
     console.print(_table(results))

@@ -19,7 +19,7 @@ from tables import (
     export_table,
     full_size_table,
     methods_table,
-    soak_table,
+    serving_table,
     split_table,
     yardstick_table,
 )
@@ -95,7 +95,8 @@ def results_page() -> str:
         ("Other quantizers beside ours", "yardsticks*.json", yardstick_table),
         ("Export at real sizes", "export-sizes*.json", export_table),
         ("Calibration and export at real sizes", "full-sizes*.json", full_size_table),
-        ("An hour of serving", "soak.json", soak_table),
+        ("Serving under load", "serving*.json", serving_table),
+        ("An hour of serving", "soak.json", serving_table),
     ):
         found = sorted(RESULTS.glob(pattern))
         parts += [f"## {heading}", ""] if found else []

@@ -250,8 +250,8 @@ def emoji_results(report: dict[str, Any]) -> str:
     return f"{emoji_sheets(report, '')}\n\n{emoji_table(report)}"
 
 
-def soak_table(report: dict[str, Any]) -> str:
-    """One closed loop over hours against a server, as markdown."""
+def serving_table(report: dict[str, Any]) -> str:
+    """Phases of load against a server, as markdown."""
     lines = [
         "| | requests | answered | pictures/s | p50 | p95 | p99 | memory | rises |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -265,10 +265,12 @@ def soak_table(report: dict[str, Any]) -> str:
             f"| {memory[0]:.0f} to {memory[-1]:.0f} MiB | {line['mib_per_hour']:.2f} MiB/h |"
         )
     bundle, settings, front = report["bundle"], report["settings"], report.get("front", "http")
+    note = f", {report['note']}" if report.get("note") else ""
     caption = (
         f"{bundle['name']} ({bundle['scheme']}) behind accuquant-serve {front}, batch {settings['batch']}, "
-        f"{settings['threads'] or 'all'} threads; load average {report['results'][0]['load_average']:.1f}, "
-        f"other work ran beside it. The line of memory leaves the first fifth out. {machine(report['machine'])}."
+        f"{settings['threads'] or 'all'} threads, queue {settings['queue']}, deadline {settings['deadline']:g} s; "
+        f"load average {report['results'][0]['load_average']:.1f}{note}. The line of memory leaves the first fifth "
+        f"out; {machine(report['machine'])}."
     )
     return "\n".join([*lines, "", caption])
 
