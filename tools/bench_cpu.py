@@ -36,7 +36,7 @@ from accuquant.runtime.files import write_text
 from accuquant.runtime.interleave import in_turn, spread
 from calls import recorded
 from cpu_networks import NETWORKS, bundle_of, plain_graph
-from cpu_ratios import ratios
+from cpu_ratios import ON_OURS, ratios
 from products import large_product, multiplications
 from rich.table import Table
 from yardsticks import CANDIDATES, Contestant, calibration_data, peers
@@ -45,7 +45,6 @@ BITS = ("8/8", "4/8")
 JUDGED = 64  # calls
 WARM_UP = 3
 SAMPLES = 256  # that NNCF calibrates with
-ON_OURS = ", our float graph"
 PRESETS = [c for c in CANDIDATES if c.library == "nncf" and c.settings["fast_bias_correction"]]
 
 

@@ -4,6 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 
+ON_OURS = ", our float graph"  # behind a peer's name: what it quantized
+
+
 class Ratio(NamedTuple):
     """One network at one batch size. Seconds are medians; a factor says how many times ours goes into theirs."""
 
@@ -47,6 +50,6 @@ def ratios(report: Mapping[str, Any]) -> Iterator[Ratio]:
             yield Ratio(
                 name, batch, fp, fp_seconds, ours, seconds, rows[ours][1]["sqnr"], fp_seconds / seconds,
                 short[0] / seconds if short else None, peer, rows[peer][1]["sqnr"], peer_seconds / seconds,
-                on_ours, on_ours_seconds / seconds,
+                on_ours.replace(ON_OURS, ""), on_ours_seconds / seconds,
                 fastest("ours", "W4A8")[1] / seconds, rate / report["limit"]["int8"],
             )  # fmt: skip

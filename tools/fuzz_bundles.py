@@ -1,13 +1,13 @@
 """Mutated bundles opened as people open them: does anything but a refusal in words come out?
 
 The bundles of mutate_bundles.py are opened in a process with limits on time and memory, and sampled from as far as that
-takes no engine; every fiftieth is opened by the command `accuquant-verify` too. Where a graph was changed, the graphs
-are also loaded and called, on OpenVINO and on ONNX Runtime in turn. Harm is an exception of another kind, control
+takes no engine; every fiftieth is opened by the command `accuquant-verify` too. Where a graph was changed, every fortieth is
+also loaded and called, on OpenVINO and on ONNX Runtime in turn. Harm is an exception of another kind, control
 characters on the terminal, a file outside the folder opened, a process started, a parser given bytes that the manifest
 does not vouch for, a hang and a crash. Loading a graph that the manifest does vouch for can crash or hang a library
 that is not ours; that is counted apart, as the engine's.
 
-    python tools/fuzz_bundles.py --manifests 100000 --plans 100000 --graphs 3000 --out tools/results/fuzz-bundles.json
+    python tools/fuzz_bundles.py --manifests 100000 --plans 100000 --graphs 100000 --out tools/results/fuzz-bundles.json
     python tools/fuzz_bundles.py --guided --manifests 100000 --plans 100000 --graphs 0    # by coverage, with atheris
 
 Bundles depend on kind, seed and number; those that atheris draws, on what it has seen.
@@ -139,8 +139,8 @@ def use(bundle: Bundle) -> None:
     plan.sample(lambda x, t: 0.1 * x, lambda j: x, on_output=lambda i, x, o: [plan.glance(i, x, o)][:0])
 
 
-def open_some(kind: str, seed: int, first: int, last: int, limit_s: float, folder: Path) -> None:
-    """A watched process: bundles first..last - 1."""
+def open_some(kind: str, seed: int, first: int, last: int, limit_s: float, loaded: int, folder: Path) -> None:
+    """A watched process: bundles first..last - 1; of graphs, every `loaded`th goes to an engine."""
     warnings.simplefilter("ignore")
     made, watch = Mutations(kind, folder), Watch(folder)
     for engine in ("openvino", "onnxruntime"):  # what is imported at first use is not the bundle's doing
@@ -152,18 +152,20 @@ def open_some(kind: str, seed: int, first: int, last: int, limit_s: float, folde
 
     def draw(n: int) -> Callable[[], str]:
         made.write(random.Random(f"{seed} {kind} {n}"))
-        return partial(watch.examine, ("openvino", "onnxruntime")[n % 2] if kind == "graph" else "", n % 50 == 0)
+        turn, rest = divmod(n, loaded)
+        engine = ("openvino", "onnxruntime")[turn % 2] if kind == "graph" and not rest else ""
+        return partial(watch.examine, engine, n % 50 == 0)
 
     one_by_one(range(first, last), draw, watch.actions, limit_s, SLACK)
 
 
 def run_kind(
-    kind: str, seed: int, count: int, limit_s: float, until: float, show: Callable[[int], None]
+    kind: str, seed: int, count: int, limit_s: float, loaded: int, until: float, show: Callable[[int], None]
 ) -> dict[str, Any]:
     """Counts of every outcome over `count` bundles of a kind at most, with the numbers of those that did harm."""
 
     def command(first: int, last: int, folder: str) -> list[str]:
-        return [__file__, "--child", kind, str(seed), str(first), str(last), str(limit_s), folder]
+        return [__file__, "--child", kind, str(seed), str(first), str(last), str(limit_s), str(loaded), folder]
 
     # A changed graph that is not vouched for is refused before an engine is asked.
     dies = "engine" if kind == "graph" else ""
@@ -223,7 +225,8 @@ def run_guided(kind: str, seed: int, count: int) -> dict[str, Any]:
 def main(
     manifests: Annotated[int, typer.Option(help="how many bundles with a changed manifest")] = 100_000,
     plans: Annotated[int, typer.Option(help="with a changed plan")] = 100_000,
-    graphs: Annotated[int, typer.Option(help="with a changed graph, loaded too")] = 3000,
+    graphs: Annotated[int, typer.Option(help="with a changed graph")] = 100_000,
+    loaded: Annotated[int, typer.Option(min=1, help="of changed graphs, load every so manieth on an engine")] = 40,
     out: Annotated[Path, typer.Option(help="where the counts go")] = Path("fuzz-bundles.json"),
     seed: Annotated[int, typer.Option(help="another seed, other bundles")] = 0,
     limit_s: Annotated[float, typer.Option(help="seconds of processor time a bundle may take")] = 30.0,
@@ -239,13 +242,14 @@ def main(
             elif count:
                 until = time.time() + 60 * minutes
                 results[kind] = run_kind(
-                    kind, seed, count, limit_s, until, lambda n, k=kind, c=count: show(k, n, c, "")
+                    kind, seed, count, limit_s, loaded, until, lambda n, k=kind, c=count: show(k, n, c, "")
                 )
     totals = {name: sum(len(result[name]) for result in results.values()) for name in HARM}
     found = {
         "what": "mutated bundles opened by accuquant-verify" + ", drawn by coverage" * by_coverage,
         "seed": seed,
         "limit_s": limit_s,
+        "graphs_loaded": f"every {loaded}th",
         **totals,
         "wall_s": round(time.time() - began),
         "kinds": results,
@@ -262,7 +266,7 @@ if __name__ == "__main__":
         kind, seed, count, folder = sys.argv[3:]
         guided(kind, int(seed), int(count), Path(folder))
     elif sys.argv[1:2] == ["--child"]:
-        kind, seed, first, last, limit_s, folder = sys.argv[2:]
-        open_some(kind, int(seed), int(first), int(last), float(limit_s), Path(folder))
+        kind, seed, first, last, limit_s, loaded, folder = sys.argv[2:]
+        open_some(kind, int(seed), int(first), int(last), float(limit_s), int(loaded), Path(folder))
     else:
         typer.run(main)
