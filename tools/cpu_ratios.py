@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-
 ON_OURS = ", our float graph"  # behind a peer's name: what it quantized
 
 
