@@ -7,7 +7,7 @@ With kernel positions p of k x k, weights w (O, C, k, k) and few O, such as the 
 
 The second sum is a convolution too, whose weights are 0 and 1. Kernels multiply whole vectors of channels, 16 of them
 with AVX-512, so that one of O = 1 is multiplied as often as one of 16, k k times; put beside each other, the k k O
-columns fill the vectors. On a CPU with AVX-512 the reference model's last layer takes a third of the time.
+columns fill the vectors.
 
 Requires: quantizers have been inserted, so that only layers in float have constants for weights.
 Ensures: equal up to the order of float32 sums. The first part has the layer's name, the second `<name>/positions`.
