@@ -75,11 +75,13 @@ class ActivationQuantizer(nn.Module):
         """() or, with a table, (K,)."""
         return self.log_scale.exp()
 
+    def current_scale(self) -> Tensor:
+        """Of the call that is under way, ()."""
+        return self.scale if self.table is None else self.scale[self.table.current]
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Centred codes of x, and the scale that turns them back into values."""
-        scale, zero_point = self.scale, self.zero_point.clamp(self.grid.q_min, self.grid.q_max)
-        if self.table is not None:
-            scale = scale[self.table.current]
+        scale, zero_point = self.current_scale(), self.zero_point.clamp(self.grid.q_min, self.grid.q_max)
         return centred_codes(x, scale, zero_point, self.grid), scale
 
 

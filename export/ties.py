@@ -9,10 +9,12 @@ a value is a tie and 0 elsewhere, results of a layer, and of a product, differ b
     |w| * d,    |a| d_b + d_a |b| + d_a d_b,
 
 and by a step of its grid where the result is written on one. Everything else is the same integer sum in all of them.
+Through a whole network no such bound holds: there ties are broken in several ways, and what comes out is compared.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,9 @@ from ..calibrate.layers import ActivationQuantizer, QuantizedConv2d, QuantizedMa
 
 EPSILON = 2.0**-22  # four roundings of float32
 OF_SUMS = 2.0**-18  # in float32 and any order; some engines have integers to add up, some what these stand for
+COINS = 6  # ways to break ties by a coin for each
+
+TieBreak = Callable[[Tensor], Tensor]  # of values v: how far to move them, as a share of |v| + levels
 
 
 class Ties:
@@ -71,6 +76,35 @@ def watch_ties(operator: QuantizedOperator) -> Iterator[Ties]:
     handles = [quantizer.register_forward_hook(ties._see) for quantizer in operator.quantizers]
     try:
         yield ties
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tie_breaks() -> Iterator[TieBreak]:
+    """All up, all down, and by a coin for each value."""
+    for share in (EPSILON, -EPSILON, OF_SUMS, -OF_SUMS):
+        yield partial(torch.full_like, fill_value=share)
+    for seed in range(COINS):
+        yield partial(_coins, torch.Generator().manual_seed(seed))
+
+
+def _coins(generator: torch.Generator, v: Tensor) -> Tensor:
+    return torch.empty(v.shape).uniform_(-OF_SUMS, OF_SUMS, generator=generator).to(v)
+
+
+@contextmanager
+def ties_broken(operators: Mapping[str, QuantizedOperator], way: TieBreak) -> Iterator[None]:
+    """Meanwhile operators quantize values that were moved over the boundaries that they lie on."""
+
+    def move(quantizer: ActivationQuantizer, given: tuple[Tensor, ...]) -> Tensor:
+        x, levels = given[0], quantizer.grid.q_max - quantizer.grid.q_min + 1
+        return x + (x.abs() + levels * quantizer.current_scale()) * way(x)
+
+    quantizers = [quantizer for operator in operators.values() for quantizer in operator.quantizers]
+    handles = [quantizer.register_forward_pre_hook(move) for quantizer in quantizers]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

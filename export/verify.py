@@ -7,14 +7,20 @@ element but by how far each stands from full precision,
     SQNR = 10 log10( sum ||o_fp||^2 / sum ||o - o_fp||^2 ),
 
 which must agree between the torch simulation and ONNX Runtime's unoptimised execution, on the teacher's own latents.
+Where a value lies exactly on a boundary, such as cos 0 in a time embedding, both ways are right, and either can change
+all of a small network's output. If the two disagree, the simulation runs again with its ties rounded otherwise, and the
+graph must agree with something from the lowest to the highest that came out.
 """
 
 import math
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ..calibrate.layers import QuantizedOperator, quantization
@@ -23,13 +29,15 @@ from ..runtime.engines.base import EngineOptions
 from ..runtime.engines.onnxruntime import OnnxRuntimeEngine
 from ..runtime.errors import AccuQuantError
 from ..runtime.plan import SamplingPlan
+from .ties import tie_breaks, ties_broken
 
 STEPS_CHECKED, TRAJECTORIES_CHECKED = 8, 4
 SQNR_TOLERANCE = 0.5  # dB; rounding flips moved it by at most 0.3 dB on the U-Nets tried
-CHANCE = 2.0  # dB that the scatter of few latents may explain, at most
 # dB; with nothing quantized float16 alone reached 61 and 79 on the U-Nets tried, and bfloat16 38 and 42
 REACHES = {"float32": math.inf, "float16": 55.0, "bfloat16": 30.0}
 TWIN_TOLERANCE = 1e-3  # of the output's root mean square: float32 in another order
+
+Outputs = NDArray[np.float64]  # (rows, latents, ...)
 
 
 def check_graph(path: Path) -> None:
@@ -64,64 +72,77 @@ def check_parity(
     rows = np.linspace(0, len(plan) - 1, min(STEPS_CHECKED, len(plan))).round().astype(int).tolist()
     n = min(TRAJECTORIES_CHECKED, len(judge.seeds))
     device = next(network.parameters()).device
-    outputs: dict[str, list[np.ndarray]] = {"fp": [], "simulation": [], "graph": [], "twin": []}
     options = EngineOptions(batch=n)
-    engines = {"graph": OnnxRuntimeEngine(denoiser, options, exact=True), "twin": OnnxRuntimeEngine(twin, options)}
     condition = judge.condition_of(slice(n), device)
     fed = {name: value.cpu().numpy() for name, value in condition.items()}
-    for i in rows:
-        step = plan.steps[i]
-        x = judge.states[i, :n] * step.input_scale
-        t = torch.full((n,), step.timestep)
-        for name, active in (("fp", False), ("simulation", True)):
-            with quantization(operators, active):
-                outputs[name].append(network(x.to(device), t.to(device), **condition).cpu().numpy())
-        for name, engine in engines.items():
-            outputs[name].append(np.array(engine.run({"x": x.numpy(), "t": t.numpy(), **fed})))
-    for engine in engines.values():
-        engine.close()
-    stacked = {name: np.stack(many).astype(np.float64) for name, many in outputs.items()}
-    for name, values in stacked.items():
+    calls = [(judge.states[i, :n] * plan.steps[i].input_scale, torch.full((n,), plan.steps[i].timestep)) for i in rows]
+
+    def of_network(active: bool) -> Outputs:
+        with quantization(operators, active):
+            return _stacked([network(x.to(device), t.to(device), **condition).cpu().numpy() for x, t in calls])
+
+    def of_graph(path: Path, exact: bool) -> Outputs:
+        with ExitStack() as held:
+            engine = OnnxRuntimeEngine(path, options, exact=exact)
+            held.callback(engine.close)
+            return _stacked([np.array(engine.run({"x": x.numpy(), "t": t.numpy(), **fed})) for x, t in calls])
+
+    fp, simulation = of_network(False), of_network(True)
+    graph, of_twin = of_graph(denoiser, True), of_graph(twin, False)
+    for name, values in {"fp": fp, "simulation": simulation, "graph": graph, "twin": of_twin}.items():
         if not np.isfinite(values).all():
             raise AccuQuantError(f"the {name} network gives values that are not finite on the teacher's own latents")
-    fp = stacked["fp"]
     facts = {
-        "sqnr_simulation_db": sqnr(fp, stacked["simulation"]),
-        "sqnr_graph_db": sqnr(fp, stacked["graph"]),
-        "sqnr_between_db": sqnr(stacked["simulation"], stacked["graph"]),
-        "twin_relative_error": float(np.abs(stacked["twin"] - fp).max() / np.sqrt(np.square(fp).mean())),
+        "sqnr_simulation_db": sqnr(fp, simulation),
+        "sqnr_graph_db": sqnr(fp, graph),
+        "sqnr_between_db": sqnr(simulation, graph),
+        "twin_relative_error": float(np.abs(of_twin - fp).max() / np.sqrt(np.square(fp).mean())),
     }
     if facts["twin_relative_error"] > TWIN_TOLERANCE:
         raise AccuQuantError(
             f"the exported fp graph differs from the model by {facts['twin_relative_error']:.1e} of its scale"
         )
-    simulated, made = facts["sqnr_simulation_db"], facts["sqnr_graph_db"]
-    noise = [np.square(stacked[name] - fp).sum(tuple(range(2, fp.ndim))) for name in ("simulation", "graph")]
-    allowed = tolerance(*noise)
-    lowest = min(simulated - allowed, reaches)
-    highest = simulated + (allowed if reaches == math.inf else math.inf)
-    if not lowest <= made <= highest:
-        raise AccuQuantError(
-            f"the quantized graph reaches {made:.1f} dB where its simulation reaches {simulated:.1f} dB: "
-            "the graph is not what was calibrated"
-        )
+    made, simulated = facts["sqnr_graph_db"], facts["sqnr_simulation_db"]
+
+    def agree(lowest: float, highest: float) -> bool:
+        most = highest + SQNR_TOLERANCE if reaches == math.inf else math.inf
+        return min(lowest - SQNR_TOLERANCE, reaches) <= made <= most
+
+    if not agree(simulated, simulated):
+        lowest, highest = sqnr_range(fp, simulation, lambda: of_network(True), operators)
+        if not agree(lowest, highest):
+            raise AccuQuantError(
+                f"the quantized graph reaches {made:.1f} dB where its simulation reaches {simulated:.1f} dB, and "
+                f"{lowest:.1f} to {highest:.1f} dB by how ties are rounded: the graph is not what was calibrated"
+            )
     return facts
 
 
-def tolerance(simulated: np.ndarray, made: np.ndarray) -> float:
-    """In dB: by how much two SQNRs may differ whose noise energies are these, one for every latent looked at.
+def sqnr_range(
+    fp: Outputs, simulation: Outputs, simulate: Callable[[], Outputs], operators: dict[str, QuantizedOperator]
+) -> tuple[float, float]:
+    """Lowest and highest SQNR in dB that a simulation may have, whose ties may be rounded to either side.
 
-    SQNR_TOLERANCE, or what chance explains: three standard errors of the differences, as far as CHANCE. A value on a
-    rounding boundary, such as cos 0 in a time embedding, goes either way and takes a whole step of a small network
-    along; where all latents differ alike there is nothing to be explained by it.
+    Outputs are (rows, latents, ...); every latent counts with the most and with the least noise that one of ties.py's
+    ways to break ties gives it.
     """
-    differences = (made - simulated).ravel()
-    spread = 3 * differences.std(ddof=1) * len(differences) ** 0.5 if len(differences) > 1 else 0.0
-    explained = 10 * np.log10(1 + spread / max(simulated.sum(), 1e-300))
-    return float(min(max(SQNR_TOLERANCE, explained), CHANCE))
+    found = [simulation]
+    for way in tie_breaks():
+        with ties_broken(operators, way):
+            found.append(simulate())
+    noise = np.stack([np.square(one - fp).sum(tuple(range(2, fp.ndim))) for one in found])
+    signal = np.square(fp).sum()
+    return _decibels(signal, noise.max(0).sum()), _decibels(signal, noise.min(0).sum())
 
 
-def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
+def sqnr(reference: Outputs, other: Outputs) -> float:
     """Signal to quantization noise ratio in dB over all elements; 200 for equal arrays."""
-    noise = np.square(other - reference).sum()
-    return float(min(200.0, 10 * np.log10(np.square(reference).sum() / max(noise, 1e-300))))
+    return _decibels(np.square(reference).sum(), np.square(other - reference).sum())
+
+
+def _decibels(signal: float, noise: float) -> float:
+    return float(min(200.0, 10 * np.log10(signal / max(noise, 1e-300))))
+
+
+def _stacked(outputs: list[np.ndarray]) -> Outputs:
+    return np.stack(outputs).astype(np.float64)
