@@ -62,8 +62,8 @@ class Side:
         return open_engine(self.graph, EngineOptions(batch, threads, self.rest), self.engine, self.target)
 
 
-def sides_of(bundles: Sequence[Bundle], others: Mapping[str, Contestant]) -> dict[str, Side]:
-    """All that run beside each other for one network; `others` failed or have a graph."""
+def sides_of(bundles: Sequence[Bundle], others: Mapping[str, tuple[str, Contestant]]) -> dict[str, Side]:
+    """All that run beside each other for one network; `others`, with whose they are, failed or have a graph."""
     rests = OpenVINOEngine.rests()
     twin, short = bundles[0].graph("twin"), {"float32": "fp32 rest", "bfloat16": "bf16 rest"}
     found = {
@@ -76,26 +76,23 @@ def sides_of(bundles: Sequence[Bundle], others: Mapping[str, Contestant]) -> dic
         for bundle in bundles:
             made = Side(bundle.graph("denoiser"), "openvino", "ours", rest, bundle.manifest.target)
             found[f"AccuQuant {bundle.manifest.scheme}, {short[rest]}"] = made
-        for name, one in others.items():
+        for name, (whose, one) in others.items():
             if "failed" not in one.row:
-                found[f"{name}, {short[rest]}"] = Side(one.graph, "openvino", whose(name), rest)
+                found[f"{name}, {short[rest]}"] = Side(one.graph, "openvino", whose, rest)
     return found
-
-
-def whose(peer: str) -> str:
-    return "nncf on ours" if peer.endswith(ON_OURS) else "nncf"
 
 
 def quantized_by_others(
     name: str, bundle: Bundle, folder: Path, environments: Path, made: Path
-) -> dict[str, Contestant]:
-    """NNCF's presets from both float graphs, by name."""
+) -> dict[str, tuple[str, Contestant]]:
+    """NNCF's presets from both float graphs, by name, with whose they are."""
     data, found = calibration_data(bundle, SAMPLES, made), {}
-    for n, (told, graph) in enumerate((("", plain_graph(name, folder)), (ON_OURS, bundle.graph("twin")))):
-        place = made / f"graph{n}"
+    graphs = (("nncf", "", plain_graph(name, folder)), ("nncf on ours", ON_OURS, bundle.graph("twin")))
+    for whose, told, graph in graphs:
+        place = made / whose.replace(" ", "-")
         place.mkdir()
         theirs = peers(bundle, graph, PRESETS, SAMPLES, data, environments, place)
-        found |= {f"{preset}{told}": one for preset, one in theirs.items()}
+        found |= {f"{preset}{told}": (whose, one) for preset, one in theirs.items()}
     return found
 
 
@@ -142,8 +139,9 @@ def measure(
         others = quantized_by_others(name, bundles[0], folder, environments, Path(made))
         sides = sides_of(bundles, others)
         rows: dict[str, Any] = {key: {"whose": s.whose, "rest": s.rest, "seconds": {}} for key, s in sides.items()}
-        failed = {key: one.row["failed"] for key, one in others.items() if "failed" in one.row}
-        rows |= {key: {"whose": whose(key), "failed": why} for key, why in failed.items()}
+        for key, (whose, one) in others.items():
+            if "failed" in one.row:
+                rows[key] = {"whose": whose, "failed": one.row["failed"]}
         for batch in batches:
             with ExitStack() as held:
                 engines = {}

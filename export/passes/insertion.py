@@ -1,12 +1,13 @@
 """Putting constants and nodes into a graph; what every rewrite does."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.convenience import convert_attributes
 
 LIKE_THEIR_INPUT = frozenset({"Add", "Clip", "Div", "Exp", "Mul"})  # in shape and type
-OF_ITS_TYPE = frozenset({"Gather", "Reshape", "Unsqueeze"})
+OF_ITS_TYPE = frozenset({"Gather", "Reshape", "Transpose", "Unsqueeze"})
 
 
 def constant(model: ir.Model, name: str, value: np.ndarray | np.generic) -> ir.Value:
@@ -33,7 +34,12 @@ def drop_unused(model: ir.Model, value: ir.Value | None) -> None:
 
 
 def insert_before(
-    model: ir.Model, place: ir.Node, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: int
+    model: ir.Model,
+    place: ir.Node,
+    op: str,
+    inputs: Sequence[ir.Value | None],
+    name: str,
+    **attributes: int | Sequence[int],
 ) -> ir.Value:
     """The output of a new node in front of `place`."""
     node = _node(op, inputs, name, attributes)
@@ -42,7 +48,12 @@ def insert_before(
 
 
 def insert_behind(
-    model: ir.Model, place: ir.Node, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: int
+    model: ir.Model,
+    place: ir.Node,
+    op: str,
+    inputs: Sequence[ir.Value | None],
+    name: str,
+    **attributes: int | Sequence[int],
 ) -> ir.Value:
     """The output of a new node behind `place`."""
     node = _node(op, inputs, name, attributes)
@@ -60,8 +71,10 @@ def read_instead(model: ir.Model, old: ir.Value, new: ir.Value, readers: Sequenc
             model.graph.outputs[place] = new
 
 
-def _node(op: str, inputs: Sequence[ir.Value | None], name: str, attributes: dict[str, int]) -> ir.Node:
-    node = ir.Node("", op, inputs, [ir.AttrInt64(k, v) for k, v in attributes.items()], name=name)
+def _node(
+    op: str, inputs: Sequence[ir.Value | None], name: str, attributes: Mapping[str, int | Sequence[int]]
+) -> ir.Node:
+    node = ir.Node("", op, inputs, convert_attributes(attributes), name=name)
     node.outputs[0].name = f"{name}.output"
     made, first = node.outputs[0], inputs[0]
     if first is not None and op in LIKE_THEIR_INPUT | OF_ITS_TYPE:

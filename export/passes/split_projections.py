@@ -12,7 +12,7 @@ Ensures: a layer that is cut otherwise, or has other readers too, is as it was.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ...calibrate.recipe import Recipe
 from ..graph import operator_node, operator_nodes
-from .insertion import constant, read_instead
+from .insertion import constant, insert_before, read_instead
 from .linear_parts import Whole, can_be_cut, numbers, only_reader, parts, whole
 
 
@@ -130,19 +130,8 @@ def _in_heads(model: ir.Model, projection: _Projection, value: ir.Value, n: int)
     assert shape is not None
     sides = [side for place, side in enumerate(shape) if place != axis]
     sizes = constant(model, f"{name}.shape", np.array([side if isinstance(side, int) else -1 for side in sides]))
-    shaped = _add(model, projection.reshape, "Reshape", [value, sizes], f"{name}.reshape")
+    shaped = insert_before(model, projection.reshape, "Reshape", [value, sizes], f"{name}.reshape")
     order = [place - (place > axis) for place in projection.order if place != axis]
-    perm = [ir.AttrInt64s("perm", order)]
-    moved = _add(model, projection.reshape, "Transpose", [shaped], f"{name}.transpose", perm)
+    moved = insert_before(model, projection.reshape, "Transpose", [shaped], f"{name}.transpose", perm=order)
     shaped.shape, moved.shape = ir.Shape(sides), ir.Shape([sides[place] for place in order])
-    shaped.type = moved.type = value.type
     return moved
-
-
-def _add(
-    model: ir.Model, place: ir.Node, op: str, inputs: Sequence[ir.Value], name: str, attributes: Sequence[ir.Attr] = ()
-) -> ir.Value:
-    node = ir.Node("", op, inputs, attributes, name=name)
-    node.outputs[0].name = f"{name}.output"
-    model.graph.insert_before(place, node)
-    return node.outputs[0]

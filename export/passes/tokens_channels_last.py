@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from .insertion import constant, read_instead
+from .insertion import constant, insert_before, read_instead
 
 SWAP = (0, 2, 1)  # tokens to channels and back
 
@@ -39,16 +39,18 @@ def _to_tokens(model: ir.Model, node: ir.Node) -> bool:
     if tokens.is_graph_output() or len(swaps) + len(others) < len(readers):
         return False
     channels, height, width = sides
-    last = _add(model, node, "Transpose", [x], f"{node.name}.last", perm=(0, 2, 3, 1))
-    rows = _add(model, node, "Reshape", [last, _sizes(model, node, (height * width, channels))], f"{node.name}.rows")
-    rows.type, rows.shape = x.type, ir.Shape([tokens.shape[0], height * width, channels])  # type: ignore[index]
+    last = insert_before(model, node, "Transpose", [x], f"{node.name}.last", perm=(0, 2, 3, 1))
+    rows = insert_before(
+        model, node, "Reshape", [last, _sizes(model, node, (height * width, channels))], f"{node.name}.rows"
+    )
+    rows.shape = ir.Shape([tokens.shape[0], height * width, channels])  # type: ignore[index]
     for use in swaps:
         old = use.node.outputs[0]
         read_instead(model, old, rows, list(old.uses()))
         model.graph.remove(use.node, safe=True)
     if others:
-        back = _add(model, node, "Transpose", [rows], f"{node.name}.columns", perm=SWAP)
-        back.type, back.shape = tokens.type, tokens.shape
+        back = insert_before(model, node, "Transpose", [rows], f"{node.name}.columns", perm=SWAP)
+        back.shape = tokens.shape
         read_instead(model, tokens, back, [(use.node, use.idx) for use in others])
     model.graph.remove(node, safe=True)
     return True
@@ -62,9 +64,11 @@ def _to_picture(model: ir.Model, node: ir.Node) -> bool:
         return False
     channels, height, width = sides
     rows = swap.inputs[0]
-    last = _add(model, node, "Reshape", [rows, _sizes(model, node, (height, width, channels))], f"{node.name}.last")
-    made = _add(model, node, "Transpose", [last], f"{node.name}.picture", perm=(0, 3, 1, 2))
-    made.type, made.shape = picture.type, picture.shape
+    last = insert_before(
+        model, node, "Reshape", [rows, _sizes(model, node, (height, width, channels))], f"{node.name}.last"
+    )
+    made = insert_before(model, node, "Transpose", [last], f"{node.name}.picture", perm=(0, 3, 1, 2))
+    made.shape = picture.shape
     read_instead(model, picture, made, list(picture.uses()))
     model.graph.remove(node, safe=True)
     if not swap.outputs[0].uses() and not swap.outputs[0].is_graph_output():
@@ -95,12 +99,3 @@ def _swaps(node: ir.Node) -> bool:
 
 def _sizes(model: ir.Model, node: ir.Node, sides: Sequence[int]) -> ir.Value:
     return constant(model, f"{node.name}.sides", np.array([-1, *sides]))
-
-
-def _add(
-    model: ir.Model, place: ir.Node, op: str, inputs: Sequence[ir.Value | None], name: str, perm: Sequence[int] = ()
-) -> ir.Value:
-    made = ir.Node("", op, inputs, [ir.AttrInt64s("perm", perm)] if perm else [], name=name)
-    made.outputs[0].name = f"{name}.output"
-    model.graph.insert_before(place, made)
-    return made.outputs[0]
