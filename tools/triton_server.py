@@ -1,9 +1,13 @@
-"""Triton Inference Server out of the nvidia-pytriton wheel, which brings its binaries, with the Python backend alone.
+"""Triton Inference Server out of the nvidia-pytriton wheel, which brings its binaries and of backends Python's alone.
 
     PYTHON tools/triton_server.py FOLDER --model-repository=models
 
 PYTHON is that of an environment with nvidia-pytriton and accuquant[cpu]; FOLDER takes the backend, and what follows are
 tritonserver's own options. `started` does so from any other Python, on free ports, and waits until models are loaded.
+
+Other backends are taken from the folder that ACCUQUANT_TRITON_BACKENDS names. ONNX Runtime's is built without a GPU from
+the repositories onnxruntime_backend, backend, core and common of Triton's organisation, with ONNX Runtime's C header of
+any version up to the wheel's; it lies in onnxruntime/ with the wheel's libonnxruntime.so.* as libonnxruntime.so.1.
 """
 
 import os
@@ -17,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = "127.0.0.1"
+BACKENDS = "ACCUQUANT_TRITON_BACKENDS"
 PATIENCE = 300.0  # seconds in which models must be loaded
 
 
@@ -91,6 +96,8 @@ def become(folder: Path, options: list[str]) -> None:
         triton / "python_backend_stubs" / version / "triton_python_backend_stub",
     ):
         shutil.copy(file, backend)
+    if others := os.environ.get(BACKENDS):
+        shutil.copytree(others, folder / "backends", dirs_exist_ok=True)
     libraries = [str(sysconfig.get_config_var("LIBDIR")), str(package.parent / "nvidia_pytriton.libs")]
     # The server's Python is the first one on the path, and takes packages from where it is told.
     search = {

@@ -129,6 +129,9 @@ def _write_denoiser(
         "input": [_tensor(port) for port in inputs],
         "output": [_tensor(port) for port in outputs],
     }
+    if serving.threads and not serving.plans:
+        counted = {"key": "intra_op_thread_count", "value": {"string_value": str(serving.threads)}}
+        config["parameters"] = [counted]
     if serving.plans:
         named = {capability: f"{capability}.plan" for capability in serving.plans}
         config["cc_model_filenames"] = [{"key": key, "value": value} for key, value in named.items()]
