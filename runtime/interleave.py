@@ -1,5 +1,8 @@
 """Calls timed in turn: whatever else the machine does meanwhile falls on all of them alike.
 
+A sampling loop makes the same call again and again and finds its weights in the caches; a call behind another one's
+does not. So whoever has its turn calls without being timed first, and is timed then.
+
 What one call gains over another is judged round by round, since both meet the same machine within a round. The median
 of the n differences lies between their k-th smallest and k-th largest unless fewer than k fall on one side of it,
 
@@ -35,15 +38,19 @@ def interleaved(
     progress: Callable[[int, int], None] = lambda done, total: None,
     *,
     warm_up: int = WARM_UP,
+    run_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, `repeats` of each, after `warm_up` that are not counted."""
+    """Seconds of every call, `repeats` of each by `clock`, after `warm_up` rounds, and `run_up` calls in each turn."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(-warm_up, repeats):
         for name in in_turn(list(calls), i):
-            begun = time.perf_counter()
+            for _ in range(run_up if i >= 0 else 0):
+                calls[name]()
+            begun = clock()
             calls[name]()
             if i >= 0:
-                taken[name].append(time.perf_counter() - begun)
+                taken[name].append(clock() - begun)
         progress(warm_up + i + 1, warm_up + repeats)
     return taken
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +34,7 @@ from accuquant.runtime.engines.base import Engine, EngineOptions, Rest
 from accuquant.runtime.engines.openvino import OpenVINOEngine
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.files import write_text
-from accuquant.runtime.interleave import in_turn, spread
+from accuquant.runtime.interleave import interleaved, spread
 from calls import recorded
 from cpu_networks import NETWORKS, bundle_of, plain_graph
 from cpu_ratios import ON_OURS, ratios
@@ -113,19 +114,16 @@ def step_seconds(
     engines: Mapping[str, Engine], calls: Mapping[str, np.ndarray], repeats: int, tell: Callable[[int, int], None]
 ) -> dict[str, list[float]]:
     """CPU seconds of every engine's steps, in turn."""
-    taken: dict[str, list[float]] = {name: [] for name in engines}
-    rows = len(calls["t"])
-    for k in range(-WARM_UP, repeats):
-        for name in in_turn(list(engines), k):
-            batch = engines[name].options.batch
-            first = (k % (rows // batch)) * batch
-            fed = {key: value[first : first + batch] for key, value in calls.items()}
-            begun = time.process_time()
-            engines[name].run(fed)
-            if k >= 0:
-                taken[name].append(time.process_time() - begun)
-        tell(k + 1 + WARM_UP, repeats + WARM_UP)
-    return taken
+
+    def steps(engine: Engine) -> Callable[[], object]:
+        batch = engine.options.batch
+        fed = cycle(
+            {key: value[i : i + batch] for key, value in calls.items()} for i in range(0, len(calls["t"]), batch)
+        )
+        return lambda: engine.run(next(fed))
+
+    of_engines = {name: steps(engine) for name, engine in engines.items()}
+    return interleaved(of_engines, repeats, tell, warm_up=WARM_UP, clock=time.process_time)
 
 
 def measure(

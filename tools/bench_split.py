@@ -16,6 +16,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +34,7 @@ from accuquant.runtime.console import bar, command, console, machine_facts
 from accuquant.runtime.engines.base import Engine, EngineOptions
 from accuquant.runtime.engines.openvino import OpenVINOEngine
 from accuquant.runtime.files import write_text
-from accuquant.runtime.interleave import in_turn, spread
+from accuquant.runtime.interleave import interleaved, spread
 from onnx import TensorProto, helper, numpy_helper
 from rich.table import Table
 from side_by_side import compiled
@@ -146,13 +147,8 @@ def graph(form: str, x: Tensor, w: Tensor, width: int, padding: Any) -> onnx.Mod
 def step_seconds(engines: Mapping[str, Engine], x: Tensor, width: int, repeats: int) -> dict[str, dict[str, float]]:
     """CPU time of a call of every form, in turn."""
     fed = {"a": np.ascontiguousarray(x[:BATCH, :width]), "b": np.ascontiguousarray(x[:BATCH, width:])}
-    taken: dict[str, list[float]] = {form: [] for form in engines}
-    for k in range(-5, repeats):
-        for form in in_turn(list(engines), k):
-            begun = time.process_time()
-            engines[form].run(fed)
-            if k >= 0:
-                taken[form].append(time.process_time() - begun)
+    calls = {form: partial(engine.run, fed) for form, engine in engines.items()}
+    taken = interleaved(calls, repeats, warm_up=5, clock=time.process_time)
     return {form: spread(seconds) for form, seconds in taken.items()}
 
 

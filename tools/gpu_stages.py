@@ -188,7 +188,7 @@ def benchmark(bundles: Sequence[str], engine: str, batch: int, repeats: int, sam
             pipelines[one.manifest.scheme] = Pipeline(one, engine=engine, batch=batch)
         steps = interleaved(steps_of(pipelines), repeats)
         whole = {name: partial(pipeline.generate, range(batch)) for name, pipeline in pipelines.items()}
-        runs = interleaved(whole, samples, warm_up=1)
+        runs = interleaved(whole, samples, warm_up=1, run_up=0)
         library = next(iter(pipelines.values())).engine.name
     finally:
         for pipeline in pipelines.values():

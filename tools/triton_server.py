@@ -5,9 +5,10 @@
 PYTHON is that of an environment with nvidia-pytriton and accuquant[cpu]; FOLDER takes the backend, and what follows are
 tritonserver's own options. `started` does so from any other Python, on free ports, and waits until models are loaded.
 
-Other backends are taken from the folder that ACCUQUANT_TRITON_BACKENDS names. ONNX Runtime's is built without a GPU from
-the repositories onnxruntime_backend, backend, core and common of Triton's organisation, with ONNX Runtime's C header of
-any version up to the wheel's; it lies in onnxruntime/ with the wheel's libonnxruntime.so.* as libonnxruntime.so.1.
+Other backends are taken from the folder that ACCUQUANT_TRITON_BACKENDS names. ONNX Runtime's is built without a GPU
+from the repositories onnxruntime_backend, backend, core and common of Triton's organisation, with ONNX Runtime's C
+header of any version up to the wheel's; it lies in onnxruntime/ with the wheel's libonnxruntime.so.* as
+libonnxruntime.so.1.
 """
 
 import os

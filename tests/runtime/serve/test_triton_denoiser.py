@@ -1,4 +1,4 @@
-"""The network alone on a real Triton: its ONNX Runtime backend computes what the engine does, whoever is in the batch."""
+"""The network alone on a real Triton: the ONNX Runtime backend computes what the engine does, whoever is in a batch."""
 
 import http.client
 import json
