@@ -1,7 +1,8 @@
 """Calls timed in turn: whatever else the machine does meanwhile falls on all of them alike.
 
-A sampling loop makes the same call again and again and finds its weights in the caches; a call behind another one's
-does not. So whoever has its turn calls without being timed first, and is timed then.
+A sampling loop makes the same call again and again, and so finds its weights in the caches and its branches predicted,
+for which a CPU needs a dozen calls of a small network; behind another one's call all that is gone. So whoever has its
+turn calls for a while without being timed, and is timed then.
 
 What one call gains over another is judged round by round, since both meet the same machine within a round. The median
 of the n differences lies between their k-th smallest and k-th largest unless fewer than k fall on one side of it,
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WARM_UP = 10
+WARM_UP = 10  # rounds
+RUN_UP = 0.03  # seconds
 CONFIDENCE = 0.99
 
 
@@ -38,15 +40,21 @@ def interleaved(
     progress: Callable[[int, int], None] = lambda done, total: None,
     *,
     warm_up: int = WARM_UP,
-    run_up: int = 1,
+    run_up: float = RUN_UP,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, `repeats` of each by `clock`, after `warm_up` rounds, and `run_up` calls in each turn."""
+    """Seconds of every call, `repeats` of each by `clock`, after `warm_up` rounds that are not counted.
+
+    In each turn there are calls for `run_up` seconds before, or one that takes longer; with 0 there is none.
+    """
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(-warm_up, repeats):
         for name in in_turn(list(calls), i):
-            for _ in range(run_up if i >= 0 else 0):
+            if run_up and i >= 0:
+                until = clock() + run_up
                 calls[name]()
+                while clock() < until:
+                    calls[name]()
             begun = clock()
             calls[name]()
             if i >= 0:

@@ -1,8 +1,10 @@
 """Graphs side by side on this machine's engines: what they multiply in integers, how fast, and where sampling ends."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from accuquant.runtime.engines.compile_plan import CompileRequest, compile_plan,
 from accuquant.runtime.engines.rtx_log import PRODUCTS
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.inspection import LOW_BIT, multiplies
+from accuquant.runtime.interleave import interleaved
 from accuquant.runtime.plan import SamplingPlan
 from scores import of_twins
 
@@ -98,23 +101,20 @@ def step_seconds(
     threads: int,
     tell: Callable[[int, int], None],
 ) -> dict[str, dict[str, float]]:
-    """Median wall and CPU seconds of a step of every (graph, engine), all of them interleaved in one run."""
+    """Median CPU seconds of a step of every (graph, engine), all of them interleaved in one run."""
     opened: dict[str, Engine] = {
         name: open_engine(graph, EngineOptions(batch=batch, threads=threads), engine)
         for name, (graph, engine) in graphs.items()
     }
-    x = noise.batch(range(batch), -1, shape)
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in opened}
-    for k in range(-3, repeats):  # the first three warm up
-        t = np.full(batch, timesteps[k % len(timesteps)], np.float32)
-        for name, engine in opened.items():
-            engine.run({"x": x, "t": t})  # the caches are another's, which they are not within a loop
-            wall, cpu = time.perf_counter(), time.process_time()
-            engine.run({"x": x, "t": t})
-            if k >= 0:
-                taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-        tell(k + 1, repeats)
+    x, calls = noise.batch(range(batch), -1, shape), {}
+    for name, engine in opened.items():
+        fed = cycle({"x": x, "t": np.full(batch, t, np.float32)} for t in timesteps)
+        calls[name] = partial(_step, engine, fed)
+    taken = interleaved(calls, repeats, tell, warm_up=3, clock=time.process_time)
     for engine in opened.values():
         engine.close()
-    medians = {name: np.median(rows, axis=0) for name, rows in taken.items()}
-    return {name: {"wall": float(wall), "cpu": float(cpu)} for name, (wall, cpu) in medians.items()}
+    return {name: {"cpu": float(np.median(seconds))} for name, seconds in taken.items()}
+
+
+def _step(engine: Engine, inputs: Iterator[Mapping[str, np.ndarray]]) -> None:
+    engine.run(next(inputs))

@@ -7,7 +7,7 @@ seeds that nobody is judged on. Then all of them, our bundles and the twin
     budget     calls along trajectories that were looked at, and seconds until the graph was written
     coverage   how many of the kernels that multiply do so in 8 bits, by the engine's own report
     compile    the same by TensorRT-RTX, ahead of time, with the plan's size, for graphs in ONNX
-    speed      a step's median wall and CPU time, all graphs interleaved in one run
+    speed      a step's median CPU time, all graphs interleaved in one run
     quality    the same seeds through the whole plan, compared with the twin's: pictures, and distance at every step
 
     python tools/yardsticks.py BUNDLE-w8a8 BUNDLE-w4a8 --out tools/results/yardsticks.json

@@ -9,27 +9,28 @@ from accuquant.runtime.interleave import gain, interleaved, spread
 
 def test_calls_take_turns_and_warm_up_is_not_counted():
     order = []
-    taken = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 4, warm_up=2)
-    assert "".join(order) == "abba" + "aabbbbaa" * 2
+    taken = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 4, warm_up=2, run_up=0)
+    assert "".join(order) == "abbaabbaabba"
     assert {name: len(seconds) for name, seconds in taken.items()} == {"a": 4, "b": 4}
 
 
-def test_a_call_is_timed_as_in_a_loop_of_its_own():
-    """Who finds the other's data in the caches is three times as slow, and is not timed then."""
-    now, last = [0.0], [""]
+@pytest.mark.parametrize(("needs", "seconds"), [(1, 0.5), (4, 12.0)])
+def test_a_call_is_timed_as_in_a_loop_of_its_own(needs, seconds):
+    """Behind another's it is three times as slow, `needs` times."""
+    now, row = [0.0], ["", 0]
 
     def call(name):
-        now[0] += 1.0 if last[0] == name else 3.0
-        last[0] = name
+        row[:] = [name, row[1] + 1 if row[0] == name else 1]
+        now[0] += 3.0 if row[1] <= needs else 1.0
 
     calls = {name: lambda name=name: call(name) for name in "ab"}
-    assert interleaved(calls, 4, clock=lambda: now[0]) == {"a": [1.0] * 4, "b": [1.0] * 4}
+    assert interleaved(calls, 4, run_up=seconds, clock=lambda: now[0]) == {"a": [1.0] * 4, "b": [1.0] * 4}
     assert max(interleaved(calls, 4, run_up=0, clock=lambda: now[0])["a"]) == 3.0
 
 
 def test_progress_counts_every_round():
     told = []
-    interleaved({"a": lambda: None}, 3, lambda done, total: told.append((done, total)), warm_up=1)
+    interleaved({"a": lambda: None}, 3, lambda done, total: told.append((done, total)), warm_up=1, run_up=0)
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
