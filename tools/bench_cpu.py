@@ -34,7 +34,7 @@ from accuquant.runtime.engines.base import Engine, EngineOptions, Rest
 from accuquant.runtime.engines.openvino import OpenVINOEngine
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.files import write_text
-from accuquant.runtime.interleave import interleaved, spread
+from accuquant.runtime.interleave import RUN_UP, interleaved, spread
 from calls import recorded
 from cpu_networks import NETWORKS, bundle_of, plain_graph
 from cpu_ratios import ON_OURS, ratios
@@ -198,6 +198,7 @@ def main(
     report: dict[str, Any] = {
         "schema_version": 1,
         "repeats": repeats,
+        "run_up_s": RUN_UP,
         "batches": batches,
         "threads": threads,
         "note": note,

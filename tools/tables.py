@@ -296,11 +296,12 @@ def cpu_table(report: dict[str, Any]) -> str:
     told = "; ".join(f"{name}: {one['told']} ({one['found']})" for name, one in report["networks"].items())
     limit = ", ".join(f"{kind} {rate / 1e9:.0f}" for kind, rate in report["limit"].items())
     note = f"; {report['note']}" if report["note"] else ""
+    run_up = f", each behind {report['run_up_s'] * 1e3:.0f} ms of the same" if "run_up_s" in report else ""
     caption = (
-        f"Median CPU time of {report['repeats']} interleaved steps, {report['threads']} thread, everyone's fastest in "
-        f"that run: {told}. Ranges only, nothing learned. NNCF begins with the graph that torch writes, or with our "
-        "float graph. SQNR of single calls along trajectories, to ONNX Runtime in fp32. Limit: a product of 1024^3, in "
-        f"10^9 operations per second: {limit}{note}; {machine(report['machine'])}."
+        f"Median CPU time of {report['repeats']} interleaved steps{run_up}, {report['threads']} thread, everyone's "
+        f"fastest in that run: {told}. Ranges only, nothing learned. NNCF begins with the graph that torch writes, or "
+        "with our float graph. SQNR of single calls along trajectories, to ONNX Runtime in fp32. Limit: a product of "
+        f"1024^3, in 10^9 operations per second: {limit}{note}; {machine(report['machine'])}."
     )
     return "\n".join([*lines, "", caption])
 
