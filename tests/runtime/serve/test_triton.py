@@ -81,8 +81,9 @@ def test_configurations_say_what_can_be_asked(tiny_bundle, class_bundle, text_bu
 
 
 def test_the_denoiser_alone_for_loops_of_ones_own(text_bundle, tmp_path):
-    config = written(text_bundle, tmp_path, denoiser=True)["m-denoiser"]
+    config = written(text_bundle, tmp_path, denoiser=True, threads=3)["m-denoiser"]
     assert config["backend"] == ["onnxruntime"]
+    assert config["parameters"] == [{"key": ["intra_op_thread_count"], "value": [{"string_value": ["3"]}]}]
     # A timestep has a batch and nothing else, for which Triton wants one dimension more.
     assert config["input"][1] == {"name": ["t"], "data_type": ["TYPE_FP32"], "dims": [1], "reshape": [{}]}
     assert inputs(config)["context"] == ("TYPE_FP32", [4, 8], False)
