@@ -3,14 +3,11 @@
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
-from . import noise
 from .bundle import MANIFEST, Bundle, NetworkName
 from .console import command, console, printable
-from .errors import AccuQuantError
-from .pipeline import Pipeline
+from .trial import trial
 
 
 def verify(
@@ -36,25 +33,8 @@ def verify(
         sides: tuple[NetworkName, ...] = ("denoiser", "twin")
         for network in sides:
             if network in manifest.networks:
-                console.print(f"{network:<9} {_called(opened, network, engine)}")
+                console.print(f"{network:<9} {trial(opened, network, engine)}")
     console.print(f"{bundle} holds")
-
-
-def _called(bundle: Bundle, network: NetworkName, engine: str) -> str:
-    """The network on an engine of this machine, called once on noise; with it the networks around it."""
-    shape = bundle.manifest.sample_shape
-    with Pipeline(bundle, network=network, engine=engine, batch=1) as pipeline:
-        x = noise.batch([0], -1, shape)
-        if pipeline.conditions is not None:
-            free = pipeline.conditions.free() if pipeline.denoiser.is_guided else None
-            pipeline.denoiser.under(pipeline.conditions.rows(pipeline.conditions.wishes([0])), free)
-        out = pipeline.denoiser(x, bundle.plan.steps[0].timestep)
-        if out.shape != x.shape or not np.isfinite(out).all():
-            raise AccuQuantError(
-                f"{bundle.graph(network)} gives {out.shape}, or numbers that are not finite, for {x.shape}"
-            )
-        pictures = pipeline.pictures(x)
-        return f"runs on {pipeline.engine.name}; pictures are {pictures.shape[2]}x{pictures.shape[1]}"
 
 
 main = command(verify)

@@ -53,7 +53,7 @@ def test_only_commands_print():
     }
     commands = {path for path in printing if path.rpartition("/")[2].startswith("cli")}
     # What commands print through, and a child process whose answer is what it prints.
-    assert printing == commands | {"runtime/console.py", "runtime/footprint.py"}
+    assert printing == commands | {"runtime/console.py", "runtime/footprint.py", "runtime/trial.py"}
     assert len(commands) > 1
 
 

@@ -2,7 +2,8 @@
 
 The bundles of mutate_bundles.py are opened in a process with limits on time and memory, and sampled from as far as
 that takes no engine; every fiftieth is opened by the command `accuquant-verify` too. Where a graph was changed, every
-fortieth is also loaded and called, on OpenVINO and on ONNX Runtime in turn. Harm is an exception of another kind,
+fortieth is also loaded and called, on OpenVINO and on ONNX Runtime in turn, here and not, as the command does, in a
+process that may die of it. Harm is an exception of another kind,
 control characters on the terminal, a file outside the folder opened, a process started, a parser given bytes that the
 manifest does not vouch for, a hang and a crash. Loading a graph that the manifest does vouch for can crash or hang a
 library that is not ours; that is counted apart, as the engine's.
@@ -39,7 +40,7 @@ except ImportError:
 GUIDED = "--guided" in sys.argv
 with atheris.instrument_imports(include=["accuquant.runtime"]) if atheris and GUIDED else nullcontext():
     from accuquant.runtime import bundle as bundles
-    from accuquant.runtime import cli_verify, conditions
+    from accuquant.runtime import cli_verify, conditions, trial
     from accuquant.runtime.bundle import Bundle, ByText
     from accuquant.runtime.console import bar, console, machine_facts
     from accuquant.runtime.errors import AccuQuantError
@@ -94,16 +95,17 @@ class Watch:
     def examine(self, engine: str = "", by_command: bool = False) -> str:
         """How opening, and loading on an `engine`, ended: holds, the cause of a refusal, or what escaped."""
         said, self.on = io.StringIO(), True
-        load = ["--engine", engine] if engine else ["--no-load"]
-        sys.argv = ["accuquant-verify", str(self.folder), *load]
+        sys.argv = ["accuquant-verify", str(self.folder), "--no-load"]
         try:
             with redirect_stdout(said), redirect_stderr(said):
                 if by_command:
                     with suppress(SystemExit):
                         cli_verify.main()
-                if engine:
-                    cli_verify.verify(self.folder, engine)
-                use(Bundle(self.folder))
+                opened = Bundle(self.folder)
+                for network in opened.manifest.networks if engine else []:
+                    if network in ("denoiser", "twin"):
+                        trial.called(opened, network, engine)
+                use(opened)
             outcome = "holds"
         except AccuQuantError as error:
             outcome = f"refused: {cause(str(error))}"

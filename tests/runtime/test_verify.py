@@ -1,13 +1,14 @@
 """`accuquant-verify`: what holds is said, what does not is one sentence and exit code 1."""
 
 import json
+import re
 import shutil
 import sys
 from contextlib import suppress
 
 import onnx
 import pytest
-from accuquant.runtime import cli_verify
+from accuquant.runtime import cli_verify, trial
 from accuquant.runtime.bundle import Bundle
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.files import sha256
@@ -137,3 +138,23 @@ def test_any_bytes_are_walked_or_refused(tmp_path_factory, data):
     path.write_bytes(data)
     with suppress(AccuQuantError):
         assert isinstance(external_files(path), set)
+
+
+@pytest.mark.parametrize(
+    ("does", "words"),
+    [
+        ("kill -SEGV $$", r"crashes the engine \(Segmentation fault\); it is damaged, or was made to do that"),
+        ("kill -KILL $$", r"crashes the engine \(Killed\)"),
+        ("exec sleep 60", "keeps the engine busy for more than 1 s"),
+        ("echo no such library >&2; exit 1", "could not be tried: no such library"),
+    ],
+)
+def test_a_library_that_dies_or_hangs_is_told_in_a_sentence(verify, tiny_bundle, tmp_path, monkeypatch, does, words):
+    engine = tmp_path / "python"
+    engine.write_text(f"#!/bin/sh\n{does}\n")
+    engine.chmod(0o755)
+    monkeypatch.setattr(trial, "PATIENCE", 1.0)
+    monkeypatch.setattr(trial.sys, "executable", str(engine))
+    code, said = verify(tiny_bundle.folder)
+    assert code == 1
+    assert re.search(f"denoiser.onnx {words}", said), said
