@@ -9,7 +9,7 @@ manifest does not vouch for, a hang and a crash. Loading a graph that the manife
 library that is not ours; that is counted apart, as the engine's.
 
     python tools/fuzz_bundles.py --manifests 100000 --plans 100000 --graphs 100000 --out tools/results/fuzz-bundles.json
-    python tools/fuzz_bundles.py --guided --manifests 100000 --plans 100000 --graphs 100000    # by coverage, with atheris
+    python tools/fuzz_bundles.py --guided --manifests 100000 --plans 100000 --graphs 100000  # by coverage, with atheris
 
 Bundles depend on kind, seed and number; those that atheris draws, on what it has seen.
 """
