@@ -1,8 +1,8 @@
 """Calls timed in turn: whatever else the machine does meanwhile falls on all of them alike.
 
-A sampling loop makes the same call again and again, and so finds its weights in the caches and its branches predicted,
-for which a CPU needs a dozen calls of a small network; behind another one's call all that is gone. So whoever has its
-turn calls for a while without being timed, and is timed then.
+A sampling loop makes the same call again and again, and so finds its weights in the caches and its branches predicted;
+behind another one's call all that is gone, and takes more than one call to come back. So whoever has its turn calls for
+a while without being timed, and is timed then.
 
 What one call gains over another is judged round by round, since both meet the same machine within a round. The median
 of the n differences lies between their k-th smallest and k-th largest unless fewer than k fall on one side of it,

@@ -1,12 +1,12 @@
 """Mutated bundles opened as people open them: does anything but a refusal in words come out?
 
-The bundles of mutate_bundles.py are opened in a process with limits on time and memory, and sampled from as far as
-that takes no engine; every fiftieth is opened by the command `accuquant-verify` too. Where a graph was changed, every
+The bundles of mutate_bundles.py are opened in a process with limits on time and memory, and sampled from as far as that
+takes no engine; every fiftieth is opened by the command `accuquant-verify` too. Where a graph was changed, every
 fortieth is also loaded and called, on OpenVINO and on ONNX Runtime in turn, here and not, as the command does, in a
-process that may die of it. Harm is an exception of another kind,
-control characters on the terminal, a file outside the folder opened, a process started, a parser given bytes that the
-manifest does not vouch for, a hang and a crash. Loading a graph that the manifest does vouch for can crash or hang a
-library that is not ours; that is counted apart, as the engine's.
+process that may die of it. Harm is an exception of another kind, control characters on the terminal, a file outside the
+folder opened, a process started, a parser given bytes that the manifest does not vouch for, a hang and a crash. Loading
+a graph that the manifest does vouch for can crash or hang a library that is not ours; that is counted apart, as the
+engine's.
 
     python tools/fuzz_bundles.py --manifests 100000 --plans 100000 --graphs 100000 --out tools/results/fuzz-bundles.json
     python tools/fuzz_bundles.py --guided --manifests 100000 --plans 100000 --graphs 100000  # by coverage, with atheris
