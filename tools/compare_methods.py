@@ -28,7 +28,7 @@ from accuquant.export.facts import versions
 from accuquant.runtime.console import bar, command, console, machine_facts
 from accuquant.runtime.errors import AccuQuantError
 from accuquant.runtime.files import sha256, write_text
-from contest import DRIFT_SEEDS, Arena, Entry, cost, within
+from contest import Arena, Entry, cost, within
 from draw_comparison import draw, draw_by_bits
 from rich.table import Table
 
@@ -112,6 +112,7 @@ def main(
     sampler: Annotated[str, typer.Option(help="The family's own if left out.")] = "",
     steps: Annotated[int, typer.Option(help="The family's own if left out.")] = 0,
     n: Annotated[int, typer.Option(help="Held-out seeds compared.")] = 256,
+    drift: Annotated[int, typer.Option(help="Of them, those whose errors are followed step by step.")] = 32,
     only: Annotated[str, typer.Option(help="Entries by name, separated by commas; all if left out.")] = "",
     set_: Annotated[list[str], typer.Option("--set", help="Calibration setting, such as group=10.")] = [],  # noqa: B006
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
@@ -124,7 +125,7 @@ def main(
     spec = CalibrationSpec(**parse_settings(set_))
     sweeps = {name: chosen(name, spec, only) for name in sweep.split(",")}
     schemes = [scheme_of(pair, target, policy, reserve, split) for pair in bits.split(",")]
-    arena = Arena(checkpoint, sampler, steps, n, spec)
+    arena = Arena(checkpoint, sampler, steps, n, min(n, drift), spec)
     circumstances = {
         "schema_version": 3,
         "checkpoint": {"name": checkpoint.name, "sha256": sha256(checkpoint)},
@@ -132,7 +133,7 @@ def main(
         "steps": len(arena.plan),
         "n": n,
         "seeds": [0, n - 1],
-        "drift_n": DRIFT_SEEDS,
+        "drift_n": arena.drift_n,
         "machine": {**machine_facts(), "threads": torch.get_num_threads()},
         "versions": versions(),
     }

@@ -46,7 +46,6 @@ from kid import kid
 from scores import of_twins
 
 BATCH = 16
-DRIFT_SEEDS = 32  # of the judged seeds, in simulation
 Method = Literal["learned", "block-wise"]
 
 
@@ -87,17 +86,18 @@ def within(entry: Entry, budget: float, graph: int | None = None) -> Entry:
 class Arena:
     """What all entries share, whatever their grids: checkpoint, plan, trajectories, and the twin's pictures.
 
-    `sampler` and `steps` are the family's own where they are left out.
+    `sampler` and `steps` are the family's own where they are left out. Errors along the chain are those of the first
+    `drift_n` of the n judged seeds, in simulation.
     """
 
-    def __init__(self, checkpoint: Path, sampler: str, steps: int, n: int, spec: CalibrationSpec) -> None:
-        self.checkpoint, self.n = checkpoint, n
+    def __init__(self, checkpoint: Path, sampler: str, steps: int, n: int, drift_n: int, spec: CalibrationSpec) -> None:
+        self.checkpoint, self.n, self.drift_n = checkpoint, n, drift_n
         model = load_model(checkpoint)
         self.plan = trace(sampler or model.default_sampler, model.noise_schedule, steps or model.default_steps)
         self.shape = model.sample_shape
         self.teacher = simulate(model.network, self.plan, _seeds(TEACHER_SEEDS, spec.trajectories), self.shape)
         self.judge = simulate(model.network, self.plan, _seeds(JUDGE_SEEDS, spec.held_out), self.shape)
-        self.shown = simulate(model.network, self.plan, range(DRIFT_SEEDS), self.shape)
+        self.shown = simulate(model.network, self.plan, range(self.drift_n), self.shape)
         self.fp: np.ndarray | None = None
         self.float_graph: ir.Model | None = None  # the same for all: it is of the float network
 
@@ -165,11 +165,11 @@ class Arena:
     def _errors_by_step(self, model: DiffusionModel, operators: Any) -> dict[str, list[float]]:
         """Squared error of x_i along the student's own chain, and of each step taken alone from the teacher's x_i.
 
-        Row i's own error is carried by what it adds to x_{i+1}. Mean and median over DRIFT_SEEDS seeds: a few pictures
-        that turn into another garment carry the mean.
+        Row i's own error is carried by what it adds to x_{i+1}. Mean and median over the first seeds: a few
+        pictures that turn into another garment carry the mean.
         """
         with torch.no_grad(), quantization(operators, active=True):
-            run = simulate(model.network, self.plan, range(DRIFT_SEEDS), self.shape)
+            run = simulate(model.network, self.plan, range(self.drift_n), self.shape)
             single = torch.stack([self._single(model, i) for i in range(len(self.plan))])
         drift = (run.states[1:] - self.shown.states[1:]).square().flatten(2).mean(2)
         return {
