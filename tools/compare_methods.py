@@ -6,6 +6,7 @@
     start       groups that start from the teacher or where the student is, and what they must end in
     sharing     one set of activation parameters, or one for each stretch of the chain
     learned     what is learned beside activation ranges: nothing, rounding, weight scales, biases
+    budget      block-wise, per-step and multi-step on a quarter, a half and all of the budget: quality by time
 
 Whoever learns has the budget of the default entry in network calls (contest.py says how they are counted); seconds are
 measured. For every sweep and bits a JSON comes out, SWEEP-wXaY.json, with its plots: error along the chain, error of
@@ -17,6 +18,7 @@ single steps, quality by entry; and quality by method and bits over all of --out
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +36,7 @@ from rich.table import Table
 
 NOTHING: Mapping[str, Any] = {"iterations": 0, "warmup": 0, "rounding": "nearest", "compensate": "never"}
 GPTQ: Mapping[str, Any] = {"initialisation": "min-max", "compensate": "always"}
+LEARNERS = ("block-wise from gptq", "per-step", "multi-step")  # that begin alike
 PER_STEP: Mapping[str, Any] = {"group": 1, "warmup": 0, "start": "teacher", "gradient": "exact"}
 
 
@@ -85,6 +88,12 @@ def learned(spec: CalibrationSpec) -> list[Entry]:
     ]
 
 
+def budgets(spec: CalibrationSpec) -> list[Entry]:
+    learners = [entry for entry in methods(spec) if entry.name in LEARNERS]
+    parts = {"1/4": 0.25, "1/2": 0.5, "1": 1.0}
+    return [replace(e, name=f"{e.name}, {part}", share=share) for e in learners for part, share in parts.items()]
+
+
 SWEEPS = {
     "methods": methods,
     "m": group_sizes,
@@ -92,6 +101,7 @@ SWEEPS = {
     "start": starts,
     "sharing": sharing,
     "learned": learned,
+    "budget": budgets,
 }
 
 

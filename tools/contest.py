@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,11 +51,12 @@ Method = Literal["learned", "block-wise"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A method by name: how it is calibrated and with what settings."""
+    """A method by name: how it is calibrated, with what settings, and on what share of the common budget."""
 
     name: str
     spec: CalibrationSpec
     method: Method = "learned"
+    share: float = 1.0
 
 
 def cost(entry: Entry, graph: int | None = None) -> float:
@@ -74,13 +75,13 @@ def cost(entry: Entry, graph: int | None = None) -> float:
 
 
 def within(entry: Entry, budget: float, graph: int | None = None) -> Entry:
-    """The entry with as many iterations as the budget pays for, its warm-up keeping its share of them."""
+    """The entry with as many iterations as its share of the budget pays for, its warm-up keeping its share of them."""
     whole = cost(entry, graph)
     if whole == 0:
         return entry
-    share = budget / whole
+    share = entry.share * budget / whole
     changed = {"iterations": round(entry.spec.iterations * share), "warmup": round(entry.spec.warmup * share)}
-    return Entry(entry.name, entry.spec.model_copy(update=changed), entry.method)
+    return replace(entry, spec=entry.spec.model_copy(update=changed))
 
 
 class Arena:

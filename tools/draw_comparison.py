@@ -1,7 +1,8 @@
 """Plots of comparisons, drawn from the JSON that compare_methods.py writes.
 
-Beside every SWEEP-wXaY.json: the latent's error along the chain (.drift.svg), that of single steps (.single.svg) and
-the quality of every entry (.quality.svg). Over all methods-*.json: quality by method and bits (methods.svg).
+Beside every SWEEP-wXaY.json: the latent's error along the chain (.drift.svg), that of single steps (.single.svg), the
+quality of every entry (.quality.svg) and, where learners have several budgets, their errors by time (.time.svg).
+Over all methods-*.json: quality by method and bits (methods.svg).
 
     python tools/draw_comparison.py tools/results
 """
@@ -14,7 +15,7 @@ import typer
 from accuquant.export.figures import dots, lines, markup
 from accuquant.runtime.files import write_text
 
-SWEEPS = ("methods", "m", "gradient", "start", "sharing", "learned")
+SWEEPS = ("methods", "m", "gradient", "start", "sharing", "learned", "budget", "terrain")
 
 
 def draw(path: Path) -> None:
@@ -27,9 +28,23 @@ def draw(path: Path) -> None:
         title = f"{bits}: error {what}, n = {report['drift_n']}"
         figure = lines(curves, title, "sampling step", "squared error, median", log="y")
         write_text(path.with_suffix({"accumulated": ".drift.svg", "single": ".single.svg"}[key]), markup(figure))
+    if report["sweep"] == "budget":
+        title = f"{bits}: end of the chain by time, n = {report['n']}"
+        curves = {learner: tuple(zip(*points, strict=True)) for learner, points in by_time(rows).items()}
+        figure = lines(curves, title, "CPU seconds", "squared error, median", log="y")
+        write_text(path.with_suffix(".time.svg"), markup(figure))
     panels = {name: {bits: [value(row) for row in rows]} for name, value in MEASURES.items()}
     names = [row["method"] for row in rows]
     write_text(path.with_suffix(".quality.svg"), markup(dots(panels, names, f"{bits}, n = {report['n']}")))
+
+
+def by_time(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """(CPU seconds, median error) of every learner of a sweep of budgets."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        points = series.setdefault(row["method"].rpartition(",")[0], [])
+        points.append((row["cpu_seconds"], row["mse_median"]))
+    return series
 
 
 def draw_by_bits(folder: Path) -> None:

@@ -34,6 +34,8 @@ HEADINGS = {
     "start": "Where groups start and what they must end in",
     "sharing": "One set of activation parameters, or one for each stretch of the chain",
     "learned": "What is learned beside activation parameters",
+    "budget": "Quality by calibration time",
+    "terrain": "A pretrained consistency model of terrain",
 }
 
 
@@ -82,7 +84,8 @@ def results_page() -> str:
         parts += [f"## {heading}", ""] if found else []
         for path in found:
             parts += [methods_table(json.loads(path.read_text())), ""]
-            parts += [f"![error along the chain]({path.stem}.drift.svg)", ""]
+            plot = ("error by time", "time") if sweep == "budget" else ("error along the chain", "drift")
+            parts += [f"![{plot[0]}]({path.stem}.{plot[1]}.svg)", ""]
     costs = sorted(RESULTS.glob("cost-*.json"))
     parts += ["## Memory and time of an iteration", ""] if costs else []
     for path in costs:

@@ -4,6 +4,7 @@ from typing import Any
 
 from accuquant.calibrate.scheme import QuantScheme
 from cpu_ratios import ratios
+from draw_comparison import by_time
 from scores import number
 
 # What the first column of a comparison holds.
@@ -14,6 +15,7 @@ TITLES = {
     "start": "groups start from",
     "sharing": "activation parameters",
     "learned": "what is learned",
+    "budget": "learner, share of the budget",
 }
 
 
@@ -47,7 +49,20 @@ def methods_table(report: dict[str, Any]) -> str:
         f"n = {report['n']} held-out seeds, sampled on {report['rows'][0]['sampled_on']}; learners have "
         f"{report['budget_calls'] / 1e3:.0f} thousand network calls each; {where}."
     )
-    return "\n".join([*lines, "", caption])
+    found = [time_to_equal(report)] if report["sweep"] == "budget" else []
+    return "\n".join([*lines, "", " ".join([caption, *found])])
+
+
+def time_to_equal(report: dict[str, Any]) -> str:
+    """How long the other learners of a sweep of budgets need to be as close as block-wise reconstruction ever gets."""
+    learners = by_time(report["rows"])
+    rival = next(name for name in learners if name.startswith("block-wise"))
+    after, bar = min(learners.pop(rival), key=lambda point: point[1])
+    told = []
+    for name, points in learners.items():
+        enough = [seconds for seconds, error in points if error <= bar]
+        told.append(f"{name} after {min(enough):.0f} s" if enough else f"{name} is not within its budget")
+    return f"As close as {rival} comes at best (median {bar:.2e}, after {after:.0f} s): {', '.join(told)}."
 
 
 def cost_table(report: dict[str, Any]) -> str:

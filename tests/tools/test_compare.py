@@ -54,16 +54,39 @@ def test_graphs_that_fit_are_not_paid_for_twice(contest):
     assert contest.cost(entry, 4 << 30) == contest.cost(entry) == 10 * 2 * (4 * 5 - 1)
 
 
-@pytest.mark.parametrize("sweep", ["methods", "m", "gradient", "start", "sharing", "learned"])
+@pytest.mark.parametrize("sweep", ["methods", "m", "gradient", "start", "sharing", "learned", "budget"])
 def test_every_entry_that_learns_spends_the_same(contest, sweeps, sweep):
     from accuquant.calibrate.spec import CalibrationSpec
 
     spec = CalibrationSpec()
     budget = contest.cost(contest.Entry("first", spec))
-    costs = {e.name: contest.cost(contest.within(e, budget)) for e in sweeps.SWEEPS[sweep](spec)}
+    costs = {e.name: contest.cost(contest.within(e, budget)) / e.share for e in sweeps.SWEEPS[sweep](spec)}
     free = {name for name, cost in costs.items() if cost == 0}
     assert free == ({"min-max", "percentile", "mse", "smoothquant", "gptq"} if sweep == "methods" else set())
     assert all(abs(cost / budget - 1) < 0.01 for name, cost in costs.items() if name not in free), costs
+
+
+def test_budgets_are_a_quarter_a_half_and_all(contest, sweeps):
+    from accuquant.calibrate.spec import CalibrationSpec
+
+    entries = sweeps.budgets(CalibrationSpec())
+    costs = [contest.cost(contest.within(e, 12e3)) for e in entries if e.name.startswith("multi-step")]
+    assert costs == pytest.approx([3e3, 6e3, 12e3], rel=0.01)
+    assert {e.name.rpartition(",")[0] for e in entries} == {"block-wise from gptq", "per-step", "multi-step"}
+
+
+def test_time_to_equal_quality_is_the_first_point_as_close_as_the_rivals_best(sweeps):
+    from tables import time_to_equal
+
+    def row(method, seconds, error):
+        return {"method": method, "cpu_seconds": seconds, "mse_median": error}
+
+    rows = [row("block-wise, 1/2", 40, 2e-4), row("block-wise, 1", 80, 3e-4), row("a, 1/2", 50, 1e-4)]
+    rows += [row("a, 1", 100, 1.5e-4), row("b, 1", 100, 2.1e-4)]
+    told = time_to_equal({"rows": rows})
+    assert told == (
+        "As close as block-wise comes at best (median 2.00e-04, after 40 s): a after 50 s, b is not within its budget."
+    )
 
 
 def run(*arguments):
