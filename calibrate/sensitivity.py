@@ -8,7 +8,7 @@ on the teacher's latents, every timestep counting alike. Operators are taken by 
 all of them together hold no more than the share of the weights that may keep 8 bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -76,10 +76,14 @@ def keep_sensitive(
     progress: Progress | None = None,
 ) -> list[str]:
     """Put the most sensitive of the low-bit weights on 8 bits, at most `share` of all their entries; tells which."""
-    weights = low_bit(operators)
-    if not share or not weights:
+    if not share or not low_bit(operators):
         return []
-    found = sensitivity(network, operators, plan, teacher, progress)
+    return keep(operators, sensitivity(network, operators, plan, teacher, progress), share)
+
+
+def keep(operators: dict[str, QuantizedOperator], found: Mapping[str, float], share: float) -> list[str]:
+    """The same, by sensitivities `found` before."""
+    weights = low_bit(operators)
     left = share * sum(weight.weight.numel() for weight in weights.values())
     chosen = []
     for name in sorted(weights, key=lambda name: found[name] / weights[name].weight.numel(), reverse=True):

@@ -91,7 +91,7 @@ def learned(spec: CalibrationSpec) -> list[Entry]:
 def budgets(spec: CalibrationSpec) -> list[Entry]:
     learners = [entry for entry in methods(spec) if entry.name in LEARNERS]
     parts = {"1/4": 0.25, "1/2": 0.5, "1": 1.0}
-    return [replace(e, name=f"{e.name}, {part}", share=share) for e in learners for part, share in parts.items()]
+    return [replace(e, name=f"{e.name} at {part}", share=share) for e in learners for part, share in parts.items()]
 
 
 SWEEPS = {

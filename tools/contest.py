@@ -28,7 +28,7 @@ from accuquant.calibrate.multistep import graph_bytes
 from accuquant.calibrate.optimize import calibrate
 from accuquant.calibrate.recipe import freeze
 from accuquant.calibrate.scheme import QuantScheme
-from accuquant.calibrate.sensitivity import keep_sensitive
+from accuquant.calibrate.sensitivity import keep, sensitivity
 from accuquant.calibrate.spec import CalibrationSpec
 from accuquant.calibrate.trace import trace
 from accuquant.calibrate.trajectory import call, simulate
@@ -101,6 +101,7 @@ class Arena:
         self.shown = simulate(model.network, self.plan, range(self.drift_n), self.shape)
         self.fp: np.ndarray | None = None
         self.float_graph: ir.Model | None = None  # the same for all: it is of the float network
+        self.sensitivities: dict[str, dict[str, float]] = {}  # by scheme: the same for all its entries
 
     def graph(self, scheme: QuantScheme) -> int:
         """Bytes that one sample's graph of one network call holds."""
@@ -115,7 +116,7 @@ class Arena:
         model = load_model(self.checkpoint)
         operators = quantize(model, scheme)
         begun, worked = time.perf_counter(), time.process_time()
-        kept = keep_sensitive(model.network, operators, self.plan, self.teacher, scheme.reserve)
+        kept = self._keep_sensitive(model, operators, scheme)
         row: dict[str, Any] = {"method": entry.name, "kind": entry.method, "cost": cost(entry, graph)}
         row |= {"spec": entry.spec.model_dump(), "in_8_bits": kept}
         if entry.method == "block-wise":
@@ -142,6 +143,13 @@ class Arena:
         row["sampled_on"] = engine
         assert self.fp is not None
         return row | compare(self.fp, latents) | self._errors_by_step(model, operators)
+
+    def _keep_sensitive(self, model: DiffusionModel, operators: Any, scheme: QuantScheme) -> list[str]:
+        if not scheme.reserve:
+            return []
+        if scheme.name not in self.sensitivities:
+            self.sensitivities[scheme.name] = sensitivity(model.network, operators, self.plan, self.teacher)
+        return keep(operators, self.sensitivities[scheme.name], scheme.reserve)
 
     def _sample(
         self, model: DiffusionModel, operators: Any, entry: Entry, scheme: QuantScheme

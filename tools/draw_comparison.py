@@ -42,7 +42,7 @@ def by_time(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
     """(CPU seconds, median error) of every learner of a sweep of budgets."""
     series: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        points = series.setdefault(row["method"].rpartition(",")[0], [])
+        points = series.setdefault(row["method"].rpartition(" at ")[0], [])
         points.append((row["cpu_seconds"], row["mse_median"]))
     return series
 

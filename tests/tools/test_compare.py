@@ -72,7 +72,7 @@ def test_budgets_are_a_quarter_a_half_and_all(contest, sweeps):
     entries = sweeps.budgets(CalibrationSpec())
     costs = [contest.cost(contest.within(e, 12e3)) for e in entries if e.name.startswith("multi-step")]
     assert costs == pytest.approx([3e3, 6e3, 12e3], rel=0.01)
-    assert {e.name.rpartition(",")[0] for e in entries} == {"block-wise from gptq", "per-step", "multi-step"}
+    assert {e.name.rpartition(" at ")[0] for e in entries} == {"block-wise from gptq", "per-step", "multi-step"}
 
 
 def test_time_to_equal_quality_is_the_first_point_as_close_as_the_rivals_best(sweeps):
@@ -81,8 +81,8 @@ def test_time_to_equal_quality_is_the_first_point_as_close_as_the_rivals_best(sw
     def row(method, seconds, error):
         return {"method": method, "cpu_seconds": seconds, "mse_median": error}
 
-    rows = [row("block-wise, 1/2", 40, 2e-4), row("block-wise, 1", 80, 3e-4), row("a, 1/2", 50, 1e-4)]
-    rows += [row("a, 1", 100, 1.5e-4), row("b, 1", 100, 2.1e-4)]
+    rows = [row("block-wise at 1/2", 40, 2e-4), row("block-wise at 1", 80, 3e-4), row("a at 1/2", 50, 1e-4)]
+    rows += [row("a at 1", 100, 1.5e-4), row("b at 1", 100, 2.1e-4)]
     told = time_to_equal({"rows": rows})
     assert told == (
         "As close as block-wise comes at best (median 2.00e-04, after 40 s): a after 50 s, b is not within its budget."
