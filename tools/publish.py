@@ -9,16 +9,15 @@ from pathlib import Path
 
 import typer
 from cards import cifar_card, emoji_card, fashion_card
+from comparison_tables import cost_table, methods_table
 from tables import (
     bench_table,
-    cost_table,
     cpu_table,
     emoji_results,
     emoji_sheets,
     evaluation_table,
     export_table,
     full_size_table,
-    methods_table,
     serving_table,
     split_table,
     yardstick_table,

@@ -76,7 +76,7 @@ def test_budgets_are_a_quarter_a_half_and_all(contest, sweeps):
 
 
 def test_time_to_equal_quality_is_the_first_point_as_close_as_the_rivals_best(sweeps):
-    from tables import time_to_equal
+    from comparison_tables import time_to_equal
 
     def row(method, seconds, error):
         return {"method": method, "cpu_seconds": seconds, "mse_median": error}
