@@ -86,14 +86,15 @@ def estimate(
     kept = min(per_group, max(1, spec.graph_mib * 2**20 // graph))
     teacher = (spec.trajectories + spec.held_out) * rows * plain
     begun = candidates(spec)
-    # Every beginning, and every group by itself before and after.
-    judged_times = len(begun) + (spec.checks + 2 if spec.total else 0)
+    # Every beginning, every group by itself before and after, and the corrected output.
+    judged_times = len(begun) + (spec.checks + 2 if spec.total else 0) + (spec.correct > 0)
     judging = judged_times * spec.held_out * rows * judged
     looking = sensitivity.calls(operators, plan) * plain if reserve else 0.0
     looking += 2 * OBSERVED_STEPS * min(OBSERVED_TRAJECTORIES, spec.trajectories) * plain
     once = gptq.seconds(operators, device) + gptq.CALLS * plain
     rounding = sum(candidate.compensate for candidate in begun) * once
+    correcting = min(spec.correct, spec.trajectories) * rows * judged
     learning = spec.warmup * both + spec.iterations * ((per_group - kept) * quantized + per_group * both)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     # Rounding variables, their gradient and two moments: four more numbers for every weight.
-    return Estimate(teacher + looking + rounding + judging + learning, 6 * weights + int(kept * graph))
+    return Estimate(teacher + looking + rounding + judging + learning + correcting, 6 * weights + int(kept * graph))

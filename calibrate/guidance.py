@@ -27,3 +27,8 @@ class Guided(nn.Module):
         }
         wanted, free = self.network(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
         return free + self.guidance * (wanted - free)
+
+
+def unguided(network: nn.Module) -> nn.Module:
+    """The network itself, which a graph holds: of a guided one the network inside."""
+    return network.network if isinstance(network, Guided) else network

@@ -3,7 +3,8 @@
 Every iteration takes one group (each once per round, in shuffled order), a batch of teacher trajectories, the gradient
 of the group's end loss, and one Adam step on three kinds of variables with rates of their own, cosine-decayed to zero.
 The state that samples held-out seeds best, to the end of the whole chain, is the one that is kept - be it the first;
-guard.py then looks at every group by itself.
+guard.py then looks at every group by itself. What all pictures have in common is made up for before (correction.py), so
+that it is the rest that is learned.
 """
 
 import math
@@ -17,6 +18,7 @@ from ..runtime.plan import SamplingPlan
 from .batches import Batches
 from .begin import Beginning, begin
 from .carry import carry
+from .correction import OutputCorrection, correct
 from .guard import GroupGain, activation_state, fall_back, group_errors, held_out_error
 from .journal import Journal, Snapshot, pack_optimizer, unpack_optimizer
 from .layers import QuantizedOperator, fast_compute, quantization
@@ -33,17 +35,29 @@ NORM_MEMORY = 0.9  # of the running mean that gradient clipping compares with
 class Outcome:
     """Held-out error by iteration, as `held_out_error` defines it; `kept` is the iteration of the best.
 
-    `groups` tells what learning did to every group; empty if nothing was learned.
+    `groups` tells what learning did to every group; empty if nothing was learned. `uncorrected` is the error that was
+    begun with, where the output's correction was tried; without a `correction` it did not help.
     """
 
     beginning: Beginning
     held_out: dict[int, float] = field(default_factory=dict)
     kept: int = 0
     groups: list[GroupGain] = field(default_factory=list)
+    correction: OutputCorrection | None = None
+    uncorrected: float | None = None
 
     @property
     def initial(self) -> float:
         return self.held_out[0]
+
+    @property
+    def begun(self) -> str:
+        """The error that learning began with in words, and what correcting the output had to do with it."""
+        if self.correction is not None:
+            return f"{self.uncorrected:.2e} at the start, {self.initial:.2e} with the output corrected by timestep"
+        return f"{self.initial:.2e} at the start" + (
+            "" if self.uncorrected is None else " (correcting it did not help)"
+        )
 
     @property
     def best(self) -> float:
@@ -78,6 +92,20 @@ def calibrate(
     beginning = begin(network, operators, plan, teacher, judge, spec, tell, known)
     learner = _Learner(network, operators, plan, teacher, spec)
     outcome = Outcome(beginning)
+    if snapshot is not None:
+        outcome.uncorrected = snapshot.record["uncorrected"]
+        if kept := snapshot.under("correction"):
+            outcome.correction = OutputCorrection(**kept)
+            outcome.correction.attach(network, operators)
+    elif spec.correct:
+        outcome.uncorrected = beginning.errors.get(beginning.chosen)
+        if outcome.uncorrected is None:
+            outcome.uncorrected = held_out_error(network, operators, plan, judge)
+        outcome.correction, outcome.held_out[0] = correct(
+            network, operators, plan, teacher, spec.correct,
+            lambda: held_out_error(network, operators, plan, judge), outcome.uncorrected,
+            lambda done, total: tell("correction", done, total),
+        )  # fmt: skip
     start, norm = 0, 0.0
     best = learner.state()
     groups = cut(plan, spec.group, spec.grouping) if spec.total else []
@@ -85,8 +113,8 @@ def calibrate(
 
     if snapshot is not None:
         start, norm = snapshot.iteration, snapshot.record["norm"]
-        held_out = {int(k): v for k, v in snapshot.record["held_out"].items()}
-        outcome = Outcome(beginning, held_out, snapshot.record["kept"])
+        outcome.held_out = {int(k): v for k, v in snapshot.record["held_out"].items()}
+        outcome.kept = snapshot.record["kept"]
         learner.restore(snapshot.under("now"))
         best = snapshot.under("best")
         learner.warmup.restore(snapshot.under("warmup"))
@@ -104,7 +132,10 @@ def calibrate(
         tensors = {f"now/{k}": v for k, v in learner.state().items()} | {f"best/{k}": v for k, v in best.items()}
         for name, batches in (("warmup", learner.warmup), ("groups", learner.groups)):
             tensors |= {f"{name}/{k}": v for k, v in batches.state().items()}
+        if outcome.correction is not None:
+            tensors |= {f"correction/{k}": v for k, v in vars(outcome.correction).items()}
         written = {"held_out": outcome.held_out, "kept": outcome.kept, "norm": norm, "beginning": asdict(beginning)}
+        written["uncorrected"] = outcome.uncorrected
         journal.write(Snapshot(iteration, tensors | pack_optimizer(learner.optimizer), written))
 
     if 0 not in outcome.held_out:

@@ -1,8 +1,9 @@
 """The recipe: what calibration learned, frozen, ready to be lowered.
 
 Two files. `recipe.safetensors` holds per weighted operator its codes (int8, or 8-bit floats) and its scales and, if
-there are any, what was learned on top of its bias and what its input channels are divided by; `recipe.json` the scales
-and zero points of activations, the scheme, and how they came to be. Weights are stored as the codes that will run: no
+there are any, what was learned on top of its bias and what its input channels are divided by, and for the whole network
+what its output is corrected by; `recipe.json` the scales and zero points of activations, the scheme, and how they came
+to be. Weights are stored as the codes that will run: no
 later stage rounds again.
 """
 
@@ -17,8 +18,11 @@ from torch import Tensor
 
 from ..runtime.errors import AccuQuantError
 from ..runtime.files import atomic, write_text
+from .correction import OutputCorrection
 from .layers import ActivationQuantizer, QuantizedOperator
 from .scheme import Number, OperatorKind, QuantScheme, Role
+
+TIMESTEPS, COEFFICIENTS = "output/timesteps", "output/coefficients"
 
 
 class ActivationRecipe(BaseModel):
@@ -67,6 +71,7 @@ class Recipe:
 
     Where a linear layer's weight is quantized in blocks of its columns, `scales[name]` is (C, blocks).
     `smoothings[name]` is float32 (C_in,): the input's channels are divided by it, the weight's were multiplied.
+    `correction` is that of the network's output.
     """
 
     def __init__(
@@ -76,9 +81,11 @@ class Recipe:
         scales: dict[str, Tensor],
         shifts: dict[str, Tensor] | None = None,
         smoothings: dict[str, Tensor] | None = None,
+        correction: OutputCorrection | None = None,
     ) -> None:
         self.facts, self.codes, self.scales = facts, codes, scales
         self.shifts, self.smoothings = shifts or {}, smoothings or {}
+        self.correction = correction
         weighted = {name for name, operator in facts.operators.items() if operator.weight_bits is not None}
         for held, what in ((codes, "codes"), (scales, "scales")):
             if wrong := weighted ^ held.keys():
@@ -113,6 +120,8 @@ class Recipe:
         tensors |= {f"{name}.scale": scale for name, scale in self.scales.items()}
         tensors |= {f"{name}.shift": shift for name, shift in self.shifts.items()}
         tensors |= {f"{name}.smoothing": smoothing for name, smoothing in self.smoothings.items()}
+        if self.correction is not None:
+            tensors |= {TIMESTEPS: self.correction.timesteps, COEFFICIENTS: self.correction.coefficients}
         with atomic(folder / "recipe.safetensors") as part:
             save_file({k: v.contiguous() for k, v in tensors.items()}, part)
         write_text(folder / "recipe.json", self.facts.model_dump_json(indent=1) + "\n")
@@ -122,6 +131,8 @@ class Recipe:
         try:
             facts = RecipeFacts.model_validate_json((folder / "recipe.json").read_text())
             tensors = load_file(folder / "recipe.safetensors")
+            held = (tensors.pop(TIMESTEPS, None), tensors.pop(COEFFICIENTS, None))
+            correction = None if held[0] is None or held[1] is None else OutputCorrection(held[0], held[1])
         except (OSError, ValidationError, UnicodeDecodeError, SafetensorError) as error:
             raise AccuQuantError(f"{folder} holds no usable recipe: {error}") from error
         codes, scales, shifts, smoothings = (
@@ -129,14 +140,19 @@ class Recipe:
             for end in (".codes", ".scale", ".shift", ".smoothing")
         )
         try:
-            return cls(facts, codes, scales, shifts, smoothings)
+            return cls(facts, codes, scales, shifts, smoothings, correction)
         except AccuQuantError as error:
             raise AccuQuantError(f"{folder} holds no usable recipe: {error}") from error
 
 
 @torch.no_grad()
-def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provenance: dict[str, Any]) -> Recipe:
-    """Read the learned state off the operators.
+def freeze(
+    operators: dict[str, QuantizedOperator],
+    scheme: QuantScheme,
+    provenance: dict[str, Any],
+    correction: OutputCorrection | None = None,
+) -> Recipe:
+    """Read the learned state off the operators; `correction` is that of the network's output.
 
     Raises:
         AccuQuantError: a scale that is not finite and positive; names the layer.
@@ -166,7 +182,7 @@ def freeze(operators: dict[str, QuantizedOperator], scheme: QuantScheme, provena
     table = next((q.table for op in operators.values() for q in op.quantizers), None)
     bounds = () if table is None else table.bounds
     known = RecipeFacts(scheme=scheme, operators=facts, step_bounds=bounds, provenance=provenance)
-    return Recipe(known, codes, scales, shifts, smoothings)
+    return Recipe(known, codes, scales, shifts, smoothings, correction)
 
 
 def _frozen(name: str, quantizer: ActivationQuantizer) -> ActivationRecipe:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..runtime.errors import AccuQuantError
 from ..runtime.plan import SamplingPlan
+from .guidance import unguided
 from .layers import QuantizedOperator
 from .multistep import cut
 
@@ -62,7 +63,7 @@ def tabulate(network: nn.Module, operators: dict[str, QuantizedOperator], plan: 
         raise AccuQuantError(
             f"{rows} sets of activation parameters do not fit a sampler whose timesteps go back and forth; use fewer"
         )
-    network.register_forward_pre_hook(table.look)
+    unguided(network).register_forward_pre_hook(table.look)
     for operator in operators.values():
         for quantizer in operator.quantizers:
             quantizer.table = table

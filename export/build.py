@@ -115,7 +115,8 @@ def build(request: Request, prepared: Prepared, show: Show) -> Result:
     teacher, judge = _trajectories(request, prepared, work, specification, show)
     outcome = _calibrate(request, prepared, teacher, judge, Journal(work, specification), show)
     times["calibration"] = time.perf_counter() - begun
-    recipe = freeze(operators, request.scheme, _provenance(request, outcome, specification["checkpoint"]))
+    provenance = _provenance(request, outcome, specification["checkpoint"])
+    recipe = freeze(operators, request.scheme, provenance, outcome.correction)
 
     begun = time.perf_counter()
     show("export", 0, 3, "")

@@ -8,6 +8,7 @@ from ..calibrate.recipe import Recipe
 from ..calibrate.scheme import TargetName
 from .passes.clip_activations import clip_activations
 from .passes.correct_bias import correct_bias
+from .passes.correct_output import correct_output
 from .passes.group_norm_affine import group_norm_affine
 from .passes.insert_qdq import insert_qdq
 from .passes.linear_as_matmul import linear_as_matmul
@@ -71,6 +72,7 @@ def lower(float_graph: ir.Model, recipe: Recipe, target: TargetName) -> tuple[ir
         rewrite(quantized, recipe)
     insert_qdq(quantized, recipe)
     clip_activations(quantized, recipe)
+    correct_output(quantized, recipe)
     for reform in FLOAT_LAYER_REWRITES[target]:
         reform(quantized)
         reform(twin)

@@ -145,8 +145,9 @@ def _drift(drift: Sequence[DriftPoint], n: str) -> str:
 def _calibration(facts: ReportFacts, held_out: Mapping[int, float]) -> str:
     judges = facts.calibration.get("held_out")
     n = f", n = {judges}" if isinstance(judges, int) else ""
-    begun, kept = held_out[min(held_out)], held_out.get(facts.kept)
-    change = f" {begun:.2e} before, {kept:.2e} kept." if kept is not None else ""
+    kept = held_out.get(facts.kept)
+    begun = facts.begun or f"{held_out[min(held_out)]:.2e} before"
+    change = f" {begun}, {kept:.2e} kept." if kept is not None else ""
     return _figure(
         figures.calibration(held_out, facts.kept, f"Calibration, held-out error{n}"),
         f"Held-out error by calibration iteration{n}",

@@ -70,6 +70,7 @@ class ReportFacts(BaseModel):
     held_out: dict[int, float]
     kept: int
     beginning: str = ""
+    begun: str = ""
     groups: list[GroupGain] = []
     calibration: dict[str, Any]
     layers: list[LayerRow]
@@ -135,6 +136,7 @@ def report_facts(
         ssim=comparison.ssim.tolist(),
         drift=drift,
         beginning=str(outcome.beginning),
+        begun=outcome.begun,
         held_out=outcome.held_out,
         kept=outcome.kept,
         groups=outcome.groups,

@@ -119,8 +119,7 @@ def _fidelity(request: Request, result: Result) -> Iterator[tuple[str, str]]:
         yield "begun from", str(held.beginning)
         yield (
             "end-of-chain error",
-            f"{held.initial:.2e} at the start, {held.best:.2e} kept "
-            f"(iteration {held.kept}; n = {request.spec.held_out} held out)",
+            f"{held.begun}, {held.best:.2e} kept (iteration {held.kept}; n = {request.spec.held_out} held out)",
         )
     if held.groups:
         yield f"groups of {request.spec.group} steps", verdict(held.groups)

@@ -6,6 +6,7 @@
     start       groups that start from the teacher or where the student is, and what they must end in
     sharing     one set of activation parameters, or one for each stretch of the chain
     learned     what is learned beside activation ranges: nothing, rounding, weight scales, biases
+    correction  what correcting the output by timestep adds to GPTQ, per-step and multi-step
     budget      block-wise, per-step and multi-step on a quarter, a half and all of the budget: quality by time
 
 Whoever learns has the budget of the default entry in network calls (contest.py says how they are counted); seconds are
@@ -34,10 +35,10 @@ from contest import Arena, Entry, cost, within
 from draw_comparison import draw, draw_by_bits
 from rich.table import Table
 
-NOTHING: Mapping[str, Any] = {"iterations": 0, "warmup": 0, "rounding": "nearest", "compensate": "never"}
+NOTHING: Mapping[str, Any] = {"iterations": 0, "warmup": 0, "rounding": "nearest", "compensate": "never", "correct": 0}
 GPTQ: Mapping[str, Any] = {"initialisation": "min-max", "compensate": "always"}
 LEARNERS = ("block-wise from gptq", "per-step", "multi-step")  # that begin alike
-PER_STEP: Mapping[str, Any] = {"group": 1, "warmup": 0, "start": "teacher", "gradient": "exact"}
+PER_STEP: Mapping[str, Any] = {"group": 1, "warmup": 0, "start": "teacher", "gradient": "exact", "correct": 0}
 
 
 def methods(spec: CalibrationSpec) -> list[Entry]:
@@ -88,6 +89,18 @@ def learned(spec: CalibrationSpec) -> list[Entry]:
     ]
 
 
+def corrections(spec: CalibrationSpec) -> list[Entry]:
+    corrected = {"correct": spec.correct or 32}
+    return [
+        Entry("gptq", changed(spec, **NOTHING | GPTQ)),
+        Entry("gptq corrected", changed(spec, **NOTHING | GPTQ | corrected)),
+        Entry("per-step", changed(spec, **PER_STEP)),
+        Entry("per-step corrected", changed(spec, **PER_STEP | corrected)),
+        Entry("multi-step uncorrected", changed(spec, correct=0)),
+        Entry("multi-step", changed(spec, **corrected)),
+    ]
+
+
 def budgets(spec: CalibrationSpec) -> list[Entry]:
     learners = [entry for entry in methods(spec) if entry.name in LEARNERS]
     parts = {"1/4": 0.25, "1/2": 0.5, "1": 1.0}
@@ -101,6 +114,7 @@ SWEEPS = {
     "start": starts,
     "sharing": sharing,
     "learned": learned,
+    "correction": corrections,
     "budget": budgets,
 }
 
@@ -149,13 +163,22 @@ def main(
     }
     for scheme in schemes:
         graph = arena.graph(scheme)
-        budget = cost(Entry("multi-step", spec), graph)
+        budget = cost(Entry("multi-step", spec), graph, len(arena.plan))
         for name, entries in sweeps.items():
             header = circumstances | {"sweep": name, "scheme": scheme.model_dump(), "budget_calls": budget}
             path = out / f"{name}-{scheme.name.lower()}.json"
             rows = held_rows(path, header, resume)
             known = kept_rows(out, header) if resume else []
-            run(arena, [within(e, budget, graph) for e in entries], scheme, graph, header, path, rows, known)
+            run(
+                arena,
+                [within(e, budget, graph, len(arena.plan)) for e in entries],
+                scheme,
+                graph,
+                header,
+                path,
+                rows,
+                known,
+            )
     draw_by_bits(out)
 
 

@@ -14,6 +14,7 @@ TITLES = {
     "start": "groups start from",
     "sharing": "activation parameters",
     "learned": "what is learned",
+    "correction": "calibration",
     "budget": "learner, share of the budget",
 }
 

@@ -2,7 +2,8 @@
 
 The budget counts network calls of one sample: a plain call is 1, one with its gradient 3. An iteration of groups of M
 steps at batch B then costs (4M - K) B with the exact gradient, where K graphs are kept from the first pass, and 4 M B
-with an injected one; block-wise reconstruction 3 B for an iteration of every block. Seconds are measured beside it.
+with an injected one; block-wise reconstruction 3 B for an iteration of every block; a corrected output costs a call for
+every row of the plan and trajectory that it is fitted to. Seconds are measured beside it.
 
 Every outcome that can be exported is lowered and sampled on this machine's engine; an activation table, which runs in
 simulation only, is sampled there. Pictures are compared with those of the full-precision twin.
@@ -20,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from accuquant.calibrate.blockwise import reconstruct
+from accuquant.calibrate.correction import OutputCorrection
 from accuquant.calibrate.families import load_model
 from accuquant.calibrate.journal import Journal
 from accuquant.calibrate.layers import quantization
@@ -59,11 +61,21 @@ class Entry:
     share: float = 1.0
 
 
-def cost(entry: Entry, graph: int | None = None) -> float:
-    """Network calls of one sample, gradients counted as two more; `graph` is the bytes one sample keeps for its own.
+def cost(entry: Entry, graph: int | None = None, rows: int = 0) -> float:
+    """Network calls of one sample, gradients counted as two more, for a plan of so many `rows`.
 
-    Without it one graph is taken to fit.
+    `graph` is the bytes that one sample keeps for its gradient; without it one graph is taken to fit.
     """
+    return _fixed(entry, rows) + _learning(entry, graph)
+
+
+def _fixed(entry: Entry, rows: int) -> int:
+    """What is not by iterations."""
+    spec = entry.spec
+    return rows * min(spec.correct, spec.trajectories) if entry.method == "learned" else 0
+
+
+def _learning(entry: Entry, graph: int | None) -> float:
     spec = entry.spec
     if entry.method == "block-wise":
         return 3 * spec.batch * spec.iterations
@@ -74,12 +86,12 @@ def cost(entry: Entry, graph: int | None = None) -> float:
     return spec.batch * (3 * spec.warmup + (calls + local) * spec.iterations)
 
 
-def within(entry: Entry, budget: float, graph: int | None = None) -> Entry:
+def within(entry: Entry, budget: float, graph: int | None = None, rows: int = 0) -> Entry:
     """The entry with as many iterations as its share of the budget pays for, its warm-up keeping its share of them."""
-    whole = cost(entry, graph)
+    whole = _learning(entry, graph)
     if whole == 0:
         return entry
-    share = entry.share * budget / whole
+    share = max(0.0, entry.share * budget - _fixed(entry, rows)) / whole
     changed = {"iterations": round(entry.spec.iterations * share), "warmup": round(entry.spec.warmup * share)}
     return replace(entry, spec=entry.spec.model_copy(update=changed))
 
@@ -117,8 +129,9 @@ class Arena:
         operators = quantize(model, scheme)
         begun, worked = time.perf_counter(), time.process_time()
         kept = self._keep_sensitive(model, operators, scheme)
-        row: dict[str, Any] = {"method": entry.name, "kind": entry.method, "cost": cost(entry, graph)}
+        row: dict[str, Any] = {"method": entry.name, "kind": entry.method, "cost": cost(entry, graph, len(self.plan))}
         row |= {"spec": entry.spec.model_dump(), "in_8_bits": kept}
+        correction = None
         if entry.method == "block-wise":
             reconstruct(
                 model.network, operators, self.plan, self.teacher, entry.spec, model.block_of,
@@ -137,9 +150,10 @@ class Arena:
                     report=lambda s, d, t, loss: show(f"{entry.name}: {s}", d, t, f"{loss:.2e}" if loss else ""),
                 )
             row |= {"beginning": asdict(outcome.beginning), "held_out": outcome.held_out, "kept": outcome.kept}
-            row["groups"] = [asdict(g) for g in outcome.groups]
+            row["groups"], row["uncorrected"] = [asdict(g) for g in outcome.groups], outcome.uncorrected
+            correction = outcome.correction
         row["seconds"], row["cpu_seconds"] = time.perf_counter() - begun, time.process_time() - worked
-        latents, engine = self._sample(model, operators, entry, scheme)
+        latents, engine = self._sample(model, operators, entry, scheme, correction)
         row["sampled_on"] = engine
         assert self.fp is not None
         return row | compare(self.fp, latents) | self._errors_by_step(model, operators)
@@ -152,7 +166,12 @@ class Arena:
         return keep(operators, self.sensitivities[scheme.name], scheme.reserve)
 
     def _sample(
-        self, model: DiffusionModel, operators: Any, entry: Entry, scheme: QuantScheme
+        self,
+        model: DiffusionModel,
+        operators: Any,
+        entry: Entry,
+        scheme: QuantScheme,
+        correction: OutputCorrection | None,
     ) -> tuple[np.ndarray, str]:
         with tempfile.TemporaryDirectory() as folder:
             if entry.spec.table > 1:
@@ -161,7 +180,7 @@ class Arena:
                 return run.states[-1].numpy(), "simulation"
             if self.float_graph is None:
                 self.float_graph = trace_float(model.network, operators, self.shape)
-            quantized, twin = lower(self.float_graph, freeze(operators, scheme, {}), scheme.target)
+            quantized, twin = lower(self.float_graph, freeze(operators, scheme, {}, correction), scheme.target)
             path = Path(folder) / "denoiser.onnx"
             save_graph(quantized, path)
             latents, engine = sample(path, self.plan, self.n, self.shape, scheme.target)

@@ -15,7 +15,7 @@ import typer
 from accuquant.export.figures import dots, lines, markup
 from accuquant.runtime.files import write_text
 
-SWEEPS = ("methods", "m", "gradient", "start", "sharing", "learned", "budget", "terrain")
+SWEEPS = ("methods", "m", "gradient", "start", "sharing", "learned", "correction", "budget", "terrain")
 
 
 def draw(path: Path) -> None:

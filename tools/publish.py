@@ -33,6 +33,7 @@ HEADINGS = {
     "start": "Where groups start and what they must end in",
     "sharing": "One set of activation parameters, or one for each stretch of the chain",
     "learned": "What is learned beside activation parameters",
+    "correction": "What correcting the output by timestep adds",
     "budget": "Quality by calibration time",
     "terrain": "A pretrained consistency model of terrain",
 }

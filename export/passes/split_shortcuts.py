@@ -43,7 +43,7 @@ def split_shortcuts(model: ir.Model, recipe: Recipe) -> Recipe:
         codes[name], codes[second] = recipe.codes[name][:, :width], recipe.codes[name][:, width:]
         scales[second] = scales[name]
     known = recipe.facts.model_copy(update={"operators": facts})
-    return Recipe(known, codes, scales, recipe.shifts, recipe.smoothings)
+    return Recipe(known, codes, scales, recipe.shifts, recipe.smoothings, recipe.correction)
 
 
 def _take_apart(model: ir.Model, node: ir.Node, name: str, second: str) -> int:

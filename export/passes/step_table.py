@@ -38,7 +38,7 @@ def step_table(model: ir.Model, recipe: Recipe) -> Recipe:
     for name in tabled:
         facts[name] = _rewrite(model, operator_node(nodes, name), name, facts[name], row)
     known = recipe.facts.model_copy(update={"operators": facts, "step_bounds": ()})
-    return Recipe(known, recipe.codes, recipe.scales, recipe.shifts, recipe.smoothings)
+    return Recipe(known, recipe.codes, recipe.scales, recipe.shifts, recipe.smoothings, recipe.correction)
 
 
 def _row(model: ir.Model, bounds: np.ndarray) -> ir.Value:

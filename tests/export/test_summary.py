@@ -4,6 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from accuquant.calibrate.begin import Beginning
+from accuquant.calibrate.correction import OutputCorrection
+from accuquant.calibrate.optimize import Outcome
 from accuquant.export.measure import Comparison
 from accuquant.export.summary import layers, summary
 from accuquant.runtime.bundle import IN_TABLE, OperatorFacts
@@ -77,7 +81,8 @@ def printed(tiny_bundle):
         comparison = Comparison(
             pictures, pictures, few, few / 50, np.zeros((6, 2)), {"twin": 2.0, "denoiser": 1.0}, "OpenVINO CPU", ran, {}
         )
-        outcome = SimpleNamespace(beginning="mse, gptq", initial=2e-3, best=1e-3, kept=4, groups=())
+        correction = OutputCorrection(torch.tensor([1.0]), torch.zeros(1, 3))
+        outcome = Outcome(Beginning("mse, gptq", {}), {0: 2e-3, 4: 1e-3}, 4, [], correction, uncorrected=3e-3)
         request = SimpleNamespace(checkpoint=tiny_bundle.folder, tuning=None, spec=SimpleNamespace(held_out=4, group=5))
         console = Console(width=200)
         with console.capture() as shown:
@@ -97,6 +102,10 @@ def test_size_memory_and_time_are_rows_of_their_own(printed, tiny_bundle):
     assert "one after the other on OpenVINO CPU; side by side: accuquant-bench" in rows["time of 2 pictures"]
     assert "MiB" not in rows["time of 2 pictures"]
     assert " computed as u8" in rows["layers"]
+    assert rows["end-of-chain error"].strip() == (
+        "3.00e-03 at the start, 2.00e-03 with the output corrected by timestep, 1.00e-03 kept "
+        "(iteration 4; n = 4 held out)"
+    )
 
 
 def test_what_stood_in_for_a_gpu_is_neither_timed_nor_said_to_compute(printed):
