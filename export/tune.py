@@ -203,8 +203,8 @@ def _without(recipe: Recipe, names: Floats) -> Recipe:
         return {name: value for name, value in held.items() if name not in names}
 
     facts = recipe.facts.model_copy(update={"operators": rest(recipe.facts.operators)})
-    tensors = (rest(held) for held in (recipe.codes, recipe.scales, recipe.shifts, recipe.smoothings))
-    return Recipe(facts, *tensors, recipe.correction)
+    codes, scales, shifts = rest(recipe.codes), rest(recipe.scales), rest(recipe.shifts)
+    return Recipe(facts, codes, scales, shifts, rest(recipe.smoothings), recipe.correction)
 
 
 def _saving(found: Gain) -> Saving:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuquant.calibrate.guidance import Guided
 from accuquant.calibrate.initialise import initialise
 from accuquant.calibrate.recipe import freeze
 from accuquant.calibrate.scheme import QuantScheme
@@ -23,6 +24,27 @@ def test_every_stretch_has_its_row_and_a_call_uses_it(tiny):
     for i, step in enumerate(run.plan.steps):
         run.network(run.teacher.states[i, :1], torch.tensor([step.timestep]))
         assert table.current == rows[i]
+
+
+def test_a_network_called_without_its_guidance_uses_the_rows_too(tiny):
+    """The checks of a graph hold it against the network itself, of which both halves of a guided output come."""
+
+    class Listening(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x, t, label):
+            return self.inner(x, t) + label[:, None, None]
+
+    run = tiny.prepare(steps=8)
+    network = Listening(run.network)
+    guided = Guided(network, {"label": torch.zeros(1, 1)}, 3.0)
+    table = tabulate(guided, run.operators, run.plan, 4)
+    x, label = run.teacher.states[0, :1], torch.ones(1, 1)
+    for called, i in ((network, 7), (guided, 0), (network, 4)):
+        called(x, torch.tensor([run.plan.steps[i].timestep]), label=label)
+        assert table.current == i // 2
 
 
 def test_a_call_across_rows_is_refused(tiny):
