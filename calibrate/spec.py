@@ -46,7 +46,7 @@ class CalibrationSpec(BaseModel):
     scale_rate: float = Field(2e-5, gt=0, description="Adam's step for log scales")
     zero_point_rate: float = Field(0.003, gt=0, description="Adam's step for zero points, in codes")
     weight_scale_rate: float = Field(2e-5, ge=0, description="Adam's step for log scales of weights; 0 leaves them")
-    correct: int = Field(32, ge=0, description="trajectories that the output's correction is fitted to; 0 has none")
+    correct: int = Field(0, ge=0, description="trajectories that the output's correction is fitted to; 0 has none")
     bias_rate: float = Field(0.0, ge=0, description="Adam's step for biases; 0 leaves them as they are")
     rounding_rate: float = Field(3e-4, gt=0, description="Adam's step for the rounding variables")
     rounding_weight: float = Field(1.0, ge=0, description="AdaRound's undecided share of a layer, in losses")

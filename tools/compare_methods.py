@@ -96,8 +96,8 @@ def corrections(spec: CalibrationSpec) -> list[Entry]:
         Entry("gptq corrected", changed(spec, **NOTHING | GPTQ | corrected)),
         Entry("per-step", changed(spec, **PER_STEP)),
         Entry("per-step corrected", changed(spec, **PER_STEP | corrected)),
-        Entry("multi-step uncorrected", changed(spec, correct=0)),
-        Entry("multi-step", changed(spec, **corrected)),
+        Entry("multi-step", changed(spec, correct=0)),
+        Entry("multi-step corrected", changed(spec, **corrected)),
     ]
 
 

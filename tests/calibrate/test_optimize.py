@@ -44,6 +44,8 @@ def stop_after(iteration: int):
         ({"rounding": "nearest", "gradient": "injected-1"}, 3),
         ({"sampler": "plms", "initialisation": "judged", "compensate": "judged"}, 3),
         ({"sampler": "ddim-eta1", "group": 4}, 7),
+        ({"initialisation": "judged", "correct": 4}, 5),
+        ({"initialisation": "mse", "correct": 8, "gradient": "injected-v"}, 6),
         ({"start": "student", "sampler": "plms", "aim": "local", "warmup": 3, "between": 0.2, "iterations": 9}, 7),
         ({"start": "student", "grouping": "angle", "gradient": "measured", "iterations": 12}, 9),
     ],

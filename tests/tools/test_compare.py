@@ -69,12 +69,12 @@ def test_every_entry_that_learns_spends_the_same(contest, sweeps, sweep):
 def test_what_a_corrected_output_costs_is_iterations_less(contest, sweeps):
     from accuquant.calibrate.spec import CalibrationSpec
 
-    spec, rows = CalibrationSpec(iterations=200), 50
+    spec, rows = CalibrationSpec(iterations=200, correct=32), 50
     budget = contest.cost(contest.Entry("first", spec), rows=rows)
     entries = [contest.within(e, budget, rows=rows) for e in sweeps.corrections(spec) if e.spec.iterations]
     assert [contest.cost(e, rows=rows) for e in entries] == pytest.approx([budget] * 4, rel=0.01)
     iterations = {e.name: e.spec.iterations for e in entries}
-    assert iterations["multi-step"] == 200 < iterations["multi-step uncorrected"]
+    assert iterations["multi-step corrected"] == 200 < iterations["multi-step"]
     assert iterations["per-step corrected"] < iterations["per-step"]
 
 
