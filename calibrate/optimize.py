@@ -3,8 +3,8 @@
 Every iteration takes one group (each once per round, in shuffled order), a batch of teacher trajectories, the gradient
 of the group's end loss, and one Adam step on three kinds of variables with rates of their own, cosine-decayed to zero.
 The state that samples held-out seeds best, to the end of the whole chain, is the one that is kept - be it the first;
-guard.py then looks at every group by itself. What all pictures have in common is made up for before (correction.py), so
-that it is the rest that is learned.
+guard.py then looks at every group by itself. If asked for, what all pictures have in common is made up for before
+(correction.py), so that it is the rest that is learned.
 """
 
 import math
