@@ -3,8 +3,7 @@
 Two files. `recipe.safetensors` holds per weighted operator its codes (int8, or 8-bit floats) and its scales and, if
 there are any, what was learned on top of its bias and what its input channels are divided by, and for the whole network
 what its output is corrected by; `recipe.json` the scales and zero points of activations, the scheme, and how they came
-to be. Weights are stored as the codes that will run: no
-later stage rounds again.
+to be. Weights are stored as the codes that will run: no later stage rounds again.
 """
 
 from pathlib import Path
@@ -131,9 +130,9 @@ class Recipe:
         try:
             facts = RecipeFacts.model_validate_json((folder / "recipe.json").read_text())
             tensors = load_file(folder / "recipe.safetensors")
-            held = (tensors.pop(TIMESTEPS, None), tensors.pop(COEFFICIENTS, None))
-            correction = None if held[0] is None or held[1] is None else OutputCorrection(held[0], held[1])
-        except (OSError, ValidationError, UnicodeDecodeError, SafetensorError) as error:
+            corrected = TIMESTEPS in tensors or COEFFICIENTS in tensors
+            correction = OutputCorrection(tensors.pop(TIMESTEPS), tensors.pop(COEFFICIENTS)) if corrected else None
+        except (OSError, KeyError, ValidationError, UnicodeDecodeError, SafetensorError) as error:
             raise AccuQuantError(f"{folder} holds no usable recipe: {error}") from error
         codes, scales, shifts, smoothings = (
             {k.removesuffix(end): v for k, v in tensors.items() if k.endswith(end)}

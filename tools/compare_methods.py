@@ -169,16 +169,8 @@ def main(
             path = out / f"{name}-{scheme.name.lower()}.json"
             rows = held_rows(path, header, resume)
             known = kept_rows(out, header) if resume else []
-            run(
-                arena,
-                [within(e, budget, graph, len(arena.plan)) for e in entries],
-                scheme,
-                graph,
-                header,
-                path,
-                rows,
-                known,
-            )
+            ready = [within(e, budget, graph, len(arena.plan)) for e in entries]
+            run(arena, ready, scheme, graph, header, path, rows, known)
     draw_by_bits(out)
 
 

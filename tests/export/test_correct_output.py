@@ -17,6 +17,7 @@ from accuquant.export.passes.time_table import time_table
 from accuquant.runtime.engines.base import EngineOptions
 from accuquant.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from accuquant.runtime.errors import AccuQuantError
+from safetensors.torch import load_file, save_file
 
 TIMESTEPS = (75.0, 50.0, 25.0, 0.0)
 
@@ -94,6 +95,15 @@ def test_a_recipe_keeps_it(made, tmp_path):
     assert torch.equal(read.correction.coefficients, corrected.correction.coefficients)
     plain.save(tmp_path)
     assert Recipe.load(tmp_path).correction is None
+
+
+def test_half_of_a_correction_is_no_recipe(made, tmp_path):
+    made[-1].save(tmp_path)
+    tensors = load_file(tmp_path / "recipe.safetensors")
+    del tensors["output/timesteps"]
+    save_file(tensors, tmp_path / "recipe.safetensors")
+    with pytest.raises(AccuQuantError, match="holds no usable recipe: 'output/timesteps'"):
+        Recipe.load(tmp_path)
 
 
 def test_other_channels_than_the_latents_are_refused(tiny, made):
