@@ -30,14 +30,16 @@ def operator_precisions(engine: Engine, operators: Iterable[str]) -> dict[str, s
 
     Engines report fused nodes by derived names, `conv_out/WithoutBiases` say; what stands before the slash is ours. A
     kernel that carries an operator's own name is believed before one that carries a derived one, and before both one
-    that multiplies: TensorRT-RTX names an operator by the kernels that scale its result as well.
+    that multiplies: TensorRT-RTX names an operator by the kernels that scale its result as well. What the engine kept
+    in float and tells of under a neighbour's name alone, as OpenVINO does without AVX-512, is in float.
     """
     wanted, kernels = set(operators), engine.kernels()
     found: dict[str, str] = {}
     for known in (kernels, [kernel for kernel in kernels if multiplies(kernel)]):
         reported = [(node, kernel.precision) for kernel in known for node in kernel.nodes]
         found |= {node.partition("/")[0]: precision for node, precision in reported} | dict(reported)
-    return {name: precision for name, precision in parts_told(found).items() if name in wanted}
+    told = dict.fromkeys(engine.kept_in_float, "f32") | parts_told(found)
+    return {name: precision for name, precision in told.items() if name in wanted}
 
 
 def multiplies(kernel: Kernel) -> bool:

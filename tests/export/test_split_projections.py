@@ -251,7 +251,7 @@ def test_every_part_is_multiplied_as_asked(rtx, form, kernel, gpu, lowered, tmp_
     save_graph(model, tmp_path / "apart.onnx")
     compiled = compile_plan(CompileRequest(tmp_path / "apart.onnx", gpu))
     assert compiled.precisions(PARTS) == dict.fromkeys(PARTS, kernel)
-    running = SimpleNamespace(kernels=lambda: compiled.kernels)  # as the engine on a GPU tells it
+    running = SimpleNamespace(kernels=lambda: compiled.kernels, kept_in_float={})  # as the engine on a GPU tells it
     assert operator_precisions(running, QKV) == dict.fromkeys(QKV, kernel)
     of_parts = [replace(k, microseconds=1.0) for k in compiled.kernels if multiplies(k) and set(PARTS) & set(k.nodes)]
     assert sum(attribute(of_parts, QKV).operators.values()) == pytest.approx(len(of_parts))

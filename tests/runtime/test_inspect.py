@@ -48,9 +48,16 @@ def test_the_kernel_that_multiplies_is_believed_and_not_the_one_that_scales_its_
         Kernel("Convolution", "u8", ("conv2/WithoutBiases",)),
         Kernel("Subgraph", "f32", ("softmax",)),
     ]
-    running = SimpleNamespace(kernels=lambda: kernels)
+    running = SimpleNamespace(kernels=lambda: kernels, kept_in_float={})
     got = operator_precisions(running, ["conv1", "conv2", "softmax", "gone"])
     assert got == {"conv1": "Int8", "conv2": "u8", "softmax": "f32"}
+
+
+def test_what_was_kept_in_float_is_in_float_though_its_kernel_bears_another_name():
+    """OpenVINO 2026.4 without AVX-512: a linear layer that a Reshape follows is told of under the Reshape's name."""
+    kernels = [Kernel("FullyConnected", "f32", ("behind",)), Kernel("Convolution", "i8", ("conv",))]
+    running = SimpleNamespace(kernels=lambda: kernels, kept_in_float={"linear": "it saturates", "conv": "it saturates"})
+    assert operator_precisions(running, ["conv", "linear", "gone"]) == {"conv": "i8", "linear": "f32"}
 
 
 def test_of_a_layer_that_was_taken_apart_every_part_tells():
@@ -60,7 +67,7 @@ def test_of_a_layer_that_was_taken_apart_every_part_tells():
         Kernel("gemm", "Int8", ("qkv/2",)),
         *(Kernel("gemm", "Int8", (name,)) for name in ("out", "out/1", "out/3")),
     )
-    running = SimpleNamespace(kernels=lambda: kernels)
+    running = SimpleNamespace(kernels=lambda: kernels, kept_in_float={})
     asked = {name: facts("linear") for name in ("qkv", "out")}
     for got in (operator_precisions(running, asked), Compiled(kernels, 0, 0).precisions(asked)):
         assert got == {"qkv": "Int8 and Half", "out": "Int8"}

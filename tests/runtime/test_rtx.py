@@ -110,7 +110,8 @@ def test_every_operator_of_every_form_is_an_integer_kernel(rtx, form, tiny, tmp_
     for gpu in GPUS if kernel == "Int8" else FLOAT8_GPUS:
         compiled = compile_plan(CompileRequest(graph, gpu))
         assert compiled.precisions(operators) == dict.fromkeys(operators, kernel), gpu
-        running = SimpleNamespace(kernels=lambda compiled=compiled: compiled.kernels)  # as the engine on a GPU tells it
+        # As the engine on a GPU tells it.
+        running = SimpleNamespace(kernels=lambda compiled=compiled: compiled.kernels, kept_in_float={})
         assert operator_precisions(running, operators) == dict.fromkeys(operators, kernel), gpu
 
 
