@@ -17,7 +17,7 @@ what correlates with the output out of every step by itself; here what was left 
 Guided outputs are o_0 + g (o_c - o_0), whose weights sum to one: correcting both halves corrects the whole alike.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..runtime.plan import SamplingPlan
+from .guard import held_out_error
 from .guidance import unguided
 from .layers import QuantizedOperator, quantization
 from .trajectory import Progress, Trajectory, call, step_noise
@@ -124,15 +125,15 @@ def correct(
     operators: dict[str, QuantizedOperator],
     plan: SamplingPlan,
     teacher: Trajectory,
+    judge: Trajectory,
     count: int,
-    error: Callable[[], float],
     before: float,
     progress: Progress | None = None,
 ) -> tuple[OutputCorrection | None, float]:
-    """Fit and attach a correction, and `error()` with it; none where that is no less than `before`."""
+    """Fit and attach a correction; none where the error on held-out seeds is no less than `before`. And that error."""
     found = fit(network, operators, plan, teacher, count, progress)
     attached = found.attach(network, operators)
-    after = error()
+    after = held_out_error(network, operators, plan, judge)
     if after < before:
         return found, after
     attached.remove()

@@ -102,8 +102,7 @@ def calibrate(
         if outcome.uncorrected is None:
             outcome.uncorrected = held_out_error(network, operators, plan, judge)
         outcome.correction, outcome.held_out[0] = correct(
-            network, operators, plan, teacher, spec.correct,
-            lambda: held_out_error(network, operators, plan, judge), outcome.uncorrected,
+            network, operators, plan, teacher, judge, spec.correct, outcome.uncorrected,
             lambda done, total: tell("correction", done, total),
         )  # fmt: skip
     start, norm = 0, 0.0

@@ -6,13 +6,12 @@ Requires: the output has the shape of the latent; samples lie along the first ax
 Ensures: the graph's output keeps its name. A recipe without a correction leaves the graph as it is.
 """
 
-import numpy as np
 import onnx_ir as ir
 
 from ...calibrate.recipe import Recipe
 from ...runtime.errors import AccuQuantError
 from ..graph import INPUT, TIMESTEP, graph_input
-from .insertion import constant, insert_before, insert_behind, read_instead
+from .insertion import insert_behind, look_up, read_instead
 
 
 def correct_output(model: ir.Model, recipe: Recipe) -> int:
@@ -31,23 +30,10 @@ def correct_output(model: ir.Model, recipe: Recipe) -> int:
             f"output {result.name}: shape {result.shape} of a latent {x.shape}, and the recipe corrects {channels} "
             "channels; calibrate this checkpoint again, or without (--set correct=0)"
         )
-    first = model.graph[0]
-    axis = constant(model, "correction.axis", np.array([1]))
-    points = constant(model, "correction.timesteps", correction.timesteps.numpy())
-    column = insert_before(model, first, "Unsqueeze", [t, axis], "correction.column")
-    apart = insert_before(model, first, "Sub", [column, points], "correction.apart")
-    distance = insert_before(model, first, "Abs", [apart], "correction.distance")
-    row = insert_before(model, first, "ArgMin", [distance], "correction.row", axis=1, keepdims=0)
-    table = constant(model, "correction.table", correction.coefficients.numpy())
-    found = insert_before(model, first, "Gather", [table, row], "correction.coefficients", axis=0)
-    axes = constant(model, "correction.axes", np.arange(2, len(x.shape)))
-    spread = insert_before(model, first, "Unsqueeze", [found, axes], "correction.spread")
-    sizes = constant(model, "correction.sizes", np.array([1, 1, channels]))
-    split = ir.Node("", "Split", [spread, sizes], [ir.AttrInt64("axis", 1)], num_outputs=3, name="correction.split")
-    model.graph.insert_before(first, split)
-    for name, part in zip(("alpha", "beta", "gamma"), split.outputs, strict=True):
-        part.name, part.type = f"correction.{name}", ir.TensorType(ir.DataType.FLOAT)
-    alpha, beta, gamma = split.outputs
+    table = correction.coefficients.numpy()
+    table = table.reshape(*table.shape, *[1] * (len(x.shape) - 2))
+    points = correction.timesteps.numpy()
+    alpha, beta, gamma = look_up(model, t, points, table, [1, 1, channels], "correction")
 
     def behind(value: ir.Value, op: str, inputs: list[ir.Value], name: str) -> ir.Value:
         place = value.producer()

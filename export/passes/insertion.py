@@ -61,6 +61,31 @@ def insert_behind(
     return node.outputs[0]
 
 
+def look_up(
+    model: ir.Model, t: ir.Value, timesteps: np.ndarray, table: np.ndarray, sizes: Sequence[int], name: str
+) -> Sequence[ir.Value]:
+    """In front of all nodes, each sample's row of `table` at the timestep nearest to its own, cut along the next axis.
+
+    `t` (b,), `timesteps` (T,) and `table` (T, sum of sizes, ...), float32; parts are (b, size, ...).
+    """
+    first = model.graph[0]
+    axis, points = constant(model, f"{name}.axis", np.array([1])), constant(model, f"{name}.points", timesteps)
+    column = insert_before(model, first, "Unsqueeze", [t, axis], f"{name}.column")
+    apart = insert_before(model, first, "Sub", [column, points], f"{name}.apart")
+    distance = insert_before(model, first, "Abs", [apart], f"{name}.distance")
+    row = insert_before(model, first, "ArgMin", [distance], f"{name}.row", axis=1, keepdims=0)
+    whole = insert_before(
+        model, first, "Gather", [constant(model, f"{name}.table", table), row], f"{name}.values", axis=0
+    )
+    ends = [whole, constant(model, f"{name}.sizes", np.array(sizes))]
+    split = ir.Node("", "Split", ends, [ir.AttrInt64("axis", 1)], num_outputs=len(sizes), name=f"{name}.split")
+    model.graph.insert_before(first, split)
+    for i, (part, size) in enumerate(zip(split.outputs, sizes, strict=True)):
+        part.name, part.type = f"{name}.part{i}", ir.TensorType(ir.DataType.FLOAT)
+        part.shape = ir.Shape([None, size, *table.shape[2:]])
+    return split.outputs
+
+
 def read_instead(model: ir.Model, old: ir.Value, new: ir.Value, readers: Sequence[tuple[ir.Node, int]]) -> None:
     """Let `readers` of `old`, and the graph's output if it is one, have `new`; an output keeps its name."""
     for node, index in readers:

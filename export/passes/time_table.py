@@ -19,7 +19,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ...runtime.errors import AccuQuantError
 from ..graph import TIMESTEP, graph_input
 from ..part import Part
-from .insertion import constant, insert_before
+from .insertion import constant, insert_behind, look_up
 
 
 def time_table(model: ir.Model, timesteps: Sequence[float]) -> int:
@@ -68,24 +68,15 @@ def _is_per_sample(array: np.ndarray, count: int) -> bool:
 
 def _look_up(model: ir.Model, t: ir.Value, points: np.ndarray, rows: dict[ir.Value, np.ndarray]) -> None:
     """One Gather for all values, cut into them; a value's further axes are put back."""
-    first = model.graph[0]
     table = np.concatenate([array.reshape(len(points), -1) for array in rows.values()], axis=1)
-    axis = constant(model, "time.axis", np.array([1]))
-    column = insert_before(model, first, "Unsqueeze", [t, axis], "time.column")
-    apart = insert_before(model, first, "Sub", [column, constant(model, "time.points", points)], "time.apart")
-    distance = insert_before(model, first, "Abs", [apart], "time.distance")
-    row = insert_before(model, first, "ArgMin", [distance], "time.row", axis=1, keepdims=0)
-    whole = insert_before(model, first, "Gather", [constant(model, "time.table", table), row], "time.values", axis=0)
-    sizes = constant(model, "time.sizes", np.array([array[0].size for array in rows.values()]))
-    split = ir.Node("", "Split", [whole, sizes], [ir.AttrInt64("axis", 1)], num_outputs=len(rows), name="time.split")
-    model.graph.insert_before(first, split)
-    for part, (value, array) in zip(split.outputs, rows.items(), strict=True):
-        part.name = f"{value.name}.looked_up"
-        part.type, part.shape = value.type, ir.Shape([None, array[0].size])
-        new = part
+    parts = look_up(model, t, points, table, [array[0].size for array in rows.values()], "time")
+    for part, (value, array) in zip(parts, rows.items(), strict=True):
+        part.name, new = f"{value.name}.looked_up", part
         if array.ndim > 2:
             shape = constant(model, f"{value.name}.shape", np.array([-1, *array.shape[1:]]))
-            new = insert_before(model, first, "Reshape", [part, shape], f"{value.name}.reshaped")
+            split = part.producer()
+            assert split is not None
+            new = insert_behind(model, split, "Reshape", [part, shape], f"{value.name}.reshaped")
             new.type, new.shape = value.type, value.shape
         for node, index in list(value.uses()):
             node.replace_input_with(index, new)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accuquant.calibrate.correction import OutputCorrection, correct, fit, least_squares
+from accuquant.calibrate.guard import held_out_error
 from accuquant.calibrate.guidance import Guided
 from accuquant.calibrate.layers import quantization
 from accuquant.calibrate.trace import trace
@@ -60,17 +61,12 @@ def test_what_is_alike_in_all_pictures_is_made_up_for_wholly(tiny, sampler):
     operators = network.operators
     teacher, held_out = (simulate(network, plan, range(first, first + 6), SHAPE) for first in (0, 100))
 
-    def error():
-        with quantization(operators, active=True):
-            run = simulate(network, plan, held_out.seeds, SHAPE)
-        return float((run.states[-1] - held_out.states[-1]).square().mean())
-
-    before = error()
-    found, after = correct(network, operators, plan, teacher, 4, error, before)
+    before = held_out_error(network, operators, plan, held_out)
+    found, after = correct(network, operators, plan, teacher, held_out, 4, before)
     assert found is not None
     assert len(found.timesteps) == len(plan.timesteps)
     assert after < 1e-6 * before
-    assert error() == after  # it is attached
+    assert held_out_error(network, operators, plan, held_out) == after  # it is attached
 
 
 def test_it_is_in_force_where_quantizers_are_and_nowhere_else(tiny):
@@ -112,9 +108,9 @@ def test_correcting_both_halves_of_a_guided_output_corrects_the_whole(tiny):
 def test_a_correction_that_does_not_help_is_taken_back(tiny):
     plan, network = trace("ddim", tiny.NOISE_SCHEDULE, 4), Distorted(tiny.Toy(0))
     teacher = simulate(network, plan, range(4), SHAPE)
-    found, error = correct(network, network.operators, plan, teacher, 4, lambda: 2.0, 2.0)
+    found, error = correct(network, network.operators, plan, teacher, teacher, 4, 0.0)
     assert found is None
-    assert error == 2.0
+    assert error == 0.0
     assert not network._forward_hooks
 
 

@@ -39,7 +39,7 @@ def made(linear, cut, gate=GATE, sides="float[b,5,8] x"):
 
 def run(model, folder, name):
     save_graph(ir.from_proto(ir.to_proto(model)), folder / "graph.onnx")
-    engine = open_engine(folder / "graph.onnx", EngineOptions(batch=2, threads=1), name)
+    engine = open_engine(folder / "graph.onnx", EngineOptions(batch=2, threads=1, target="cpu"), name)
     (port,) = engine.inputs
     out = engine.run({"x": np.random.default_rng(1).standard_normal(port.shape).astype(np.float32)}).copy()
     engine.close()

@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from accuquant.calibrate.recipe import Recipe
+from accuquant.calibrate.recipe import OperatorRecipe, Recipe, RecipeFacts
+from accuquant.calibrate.scheme import QuantScheme
 from accuquant.export.graph import save_graph
 from accuquant.runtime.cli_sample import _save
 from accuquant.runtime.engine_cache import EngineCache, EngineKey
@@ -49,10 +50,9 @@ def grown(path):
 
 
 def recipe(folder):
-    empty = object.__new__(Recipe)
-    for name, held in {"codes": {"a": torch.zeros(2**18)}, "scales": {}, "shifts": {}, "smoothings": {}}.items():
-        object.__setattr__(empty, name, held)
-    empty.save(folder)
+    large = OperatorRecipe(kind="linear", role="body", weight_bits=8, inputs=())
+    facts = RecipeFacts(scheme=QuantScheme(weight_bits=8, activation_bits=8), operators={"a": large}, provenance={})
+    Recipe(facts, {"a": torch.zeros(2**18)}, {"a": torch.ones(1)}).save(folder)
 
 
 @pytest.mark.parametrize(
