@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,10 @@ def test_every_package_is_installed():
         for p in (ROOT / package).rglob("__init__.py")
     }
     assert listed == found
+
+
+def test_commands_start_without_libraries_that_take_seconds_to_import():
+    """They come in with the first checkpoint or sampler that needs them; a mistyped path is told at once."""
+    code = "import sys, accuquant.export.cli; print({'diffusers', 'transformers', 'scipy'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

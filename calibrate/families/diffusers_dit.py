@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from ..model import DiffusionModel
 from . import dit
 from .autoencoder_kl import find_decoder
 from .dit_net import DitConfig
-from .from_diffusers import Sampling, check_settings, holding, options, sampling, settings_of
+from .from_diffusers import Sampling, check_settings, holding, options, positions, sampling, settings_of
 
 NAME = "diffusers' DiT folder"
 KIND = "DiTTransformer2DModel"
@@ -110,7 +109,7 @@ def _shape(part: Part, choice: Choice) -> DitConfig:
 def _renamed(stored: Mapping[str, Tensor], shape: DitConfig, part: Part) -> dict[str, Tensor]:
     """The weights under the authors' names; those of no known name keep theirs, and are then refused as left over."""
     side = shape.size // shape.patch
-    made = {"pos_embed": get_2d_sincos_pos_embed(shape.width, side, base_size=side)[None]}
+    made = {"pos_embed": positions(shape.width, side)[None]}
     for name, value in stored.items():
         head, _, kind = name.rpartition(".")
         _, _, inside = head.partition("transformer_blocks.")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import FluxTransformer2DModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -124,7 +123,7 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
             "out, are expected (networks given a picture besides are not supported)"
         )
     told = bool(part.config.get("guidance_embeds"))
-    network = build_empty(FluxTransformer2DModel, part)
+    network = build_empty(KIND, part)
     fill(network, part, part.weights())
     side, channels = choice.size // 2, packed // 4
     schedule = flow_sampling(folder, USUAL if told else DISTILLED, tokens=side * side, from_one=True)

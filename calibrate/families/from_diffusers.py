@@ -5,6 +5,7 @@ own here, diffusers' class is built from config.json without memory and takes th
 and convolutions are quantized in place, its attention (scaled_dot_product_attention) stays in float.
 """
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def options(config: Path | None, kind: type[Options]) -> Options:
         raise AccuQuantError(f"{config}: {name}: {first['msg']}; of such a folder may be chosen: {known}") from error
 
 
-def build_empty(kind: Any, part: Part, **changes: Any) -> nn.Module:
+def build_empty(kind: str, part: Part, **changes: Any) -> nn.Module:
     """diffusers' network of that class as config.json has it, on the meta device; `changes` replace settings.
 
     Raises:
@@ -122,10 +123,22 @@ def build_empty(kind: Any, part: Part, **changes: Any) -> nn.Module:
     settings = {name: value for name, value in part.config.items() if not name.startswith("_")}
     try:
         with torch.device("meta"):
-            network: nn.Module = kind(**{**settings, **changes})
+            network: nn.Module = _diffusers("diffusers", kind)(**{**settings, **changes})
     except (TypeError, ValueError, NotImplementedError, ZeroDivisionError) as error:
         raise AccuQuantError(f"{part.path / 'config.json'}: diffusers' {part.kind} refuses it ({error})") from error
     return network.eval()
+
+
+def positions(width: int, side: int, scale: float = 1.0) -> Tensor:
+    """diffusers' positions of a square of patches: (side^2, width), float64."""
+    embed = _diffusers("diffusers.models.embeddings", "get_2d_sincos_pos_embed")
+    made: Tensor = embed(width, side, base_size=side, interpolation_scale=scale)
+    return made
+
+
+def _diffusers(module: str, name: str) -> Any:
+    """Imported when a folder is loaded: diffusers' models take seconds, which other checkpoints should not wait for."""
+    return getattr(importlib.import_module(module), name)
 
 
 def fill(network: nn.Module, part: Part, weights: Mapping[str, Tensor]) -> None:

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import PixArtTransformer2DModel
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -28,6 +26,7 @@ from .from_diffusers import (
     holding,
     options,
     pixels,
+    positions,
     sampling,
     settings_of,
     without_variance,
@@ -101,7 +100,7 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
             f"{part.path / 'config.json'}: {channels} channels in and {out} out; as many or, with a learned variance, "
             "twice as many are expected"
         )
-    network: Any = build_empty(PixArtTransformer2DModel, part, out_channels=channels)
+    network: Any = build_empty(KIND, part, out_channels=channels)
     weights = dict(part.weights())
     for name in {"proj_out.weight", "proj_out.bias"} & weights.keys():
         weights[name] = without_variance(weights[name], channels, out, patch)
@@ -123,8 +122,7 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
 def place(network: Any, side: int) -> None:
     """Compute the positions of a square of that many patches, which diffusers does as it builds the network."""
     scale = network.pos_embed.interpolation_scale
-    positions = get_2d_sincos_pos_embed(network.inner_dim, side, base_size=side, interpolation_scale=scale)
-    network.pos_embed.pos_embed = positions.float()[None]
+    network.pos_embed.pos_embed = positions(network.inner_dim, side, scale).float()[None]
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ quantized, the attention's products stay in float. A smaller picture than the fo
 from pathlib import Path
 from typing import Any, cast
 
-from diffusers import SD3Transformer2DModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -73,7 +72,7 @@ def load(folder: Folder, path: Path, config: Path | None) -> DiffusionModel:
             f"{part.path}: a latent of {size}x{size} is no whole number of patches of {patch}, "
             f"or more than {positions} of them on a side"
         )
-    network = build_empty(SD3Transformer2DModel, part)
+    network = build_empty(KIND, part)
     fill(network, part, part.weights())
     schedule = flow_sampling(folder, USUAL, tokens=(size // patch) ** 2)
     conditioning = ByRows(shapes={"context": (None, width), "pooled": (pooled,)}, guidance=GUIDANCE)
