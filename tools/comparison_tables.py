@@ -41,11 +41,21 @@ def methods_table(report: dict[str, Any]) -> str:
     caption = (
         f"{scheme.name}, policy {scheme.described}, {report['checkpoint']['name']}, "
         f"sampler: {report['sampler']}, {report['steps']} steps, "
-        f"n = {report['n']} held-out seeds, sampled on {report['rows'][0]['sampled_on']}; learners have "
+        f"n = {report['n']} held-out seeds, sampled on {engines(report['rows'])}; learners have "
         f"{report['budget_calls'] / 1e3:.0f} thousand network calls each; {where}."
     )
     found = [time_to_equal(report)] if report["sweep"] == "budget" else []
     return "\n".join([*lines, "", " ".join([caption, *found])])
+
+
+def engines(rows: list[dict[str, Any]]) -> str:
+    """The engine of all rows; where there are several, each with the rows that it sampled."""
+    by_engine: dict[str, list[str]] = {}
+    for row in rows:
+        by_engine.setdefault(row["sampled_on"], []).append(row["method"])
+    if len(by_engine) == 1:
+        return next(iter(by_engine))
+    return ", ".join(f"{engine} ({', '.join(methods)})" for engine, methods in by_engine.items())
 
 
 def time_to_equal(report: dict[str, Any]) -> str:

@@ -5,8 +5,8 @@ steps at batch B then costs (4M - K) B with the exact gradient, where K graphs a
 with an injected one; block-wise reconstruction 3 B for an iteration of every block; a corrected output costs a call for
 every row of the plan and trajectory that it is fitted to. Seconds are measured beside it.
 
-Every outcome that can be exported is lowered and sampled on this machine's engine; an activation table, which runs in
-simulation only, is sampled there. Pictures are compared with those of the full-precision twin.
+Every outcome is lowered and sampled on this machine's engine, and its pictures are compared with those of the
+full-precision twin.
 """
 
 import tempfile
@@ -153,7 +153,7 @@ class Arena:
             row["groups"], row["uncorrected"] = [asdict(g) for g in outcome.groups], outcome.uncorrected
             correction = outcome.correction
         row["seconds"], row["cpu_seconds"] = time.perf_counter() - begun, time.process_time() - worked
-        latents, engine = self._sample(model, operators, entry, scheme, correction)
+        latents, engine = self._sample(model, operators, scheme, correction)
         row["sampled_on"] = engine
         assert self.fp is not None
         return row | compare(self.fp, latents) | self._errors_by_step(model, operators)
@@ -169,15 +169,10 @@ class Arena:
         self,
         model: DiffusionModel,
         operators: Any,
-        entry: Entry,
         scheme: QuantScheme,
         correction: OutputCorrection | None,
     ) -> tuple[np.ndarray, str]:
         with tempfile.TemporaryDirectory() as folder:
-            if entry.spec.table > 1:
-                with quantization(operators, active=True):
-                    run = simulate(model.network, self.plan, range(self.n), self.shape)
-                return run.states[-1].numpy(), "simulation"
             if self.float_graph is None:
                 self.float_graph = trace_float(model.network, operators, self.shape)
             quantized, twin = lower(self.float_graph, freeze(operators, scheme, {}, correction), scheme.target)

@@ -101,6 +101,14 @@ def test_time_to_equal_quality_is_the_first_point_as_close_as_the_rivals_best(sw
     )
 
 
+def test_rows_of_several_engines_are_told_apart(sweeps):
+    from comparison_tables import engines
+
+    rows = [{"method": name, "sampled_on": engine} for name, engine in (("a", "one"), ("b", "other"), ("c", "one"))]
+    assert engines(rows[::2]) == "one"
+    assert engines(rows) == "one (a, c), other (b)"
+
+
 def run(*arguments):
     return subprocess.run(
         [sys.executable, str(TOOLS / "compare_methods.py"), *map(str, arguments)],
